@@ -1,0 +1,1 @@
+"""Measures the engine: `python -m jaxengine.bench --help`."""

@@ -1,0 +1,202 @@
+"""What an engine is built from: the model's shape and the engine's settings. Knows nothing of jax.
+
+Both are frozen; a change is `dataclasses.replace`. Functions are never config.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxengine.compat import IGNORED_ARGUMENTS, KNOWN_ARGUMENTS, REFUSED_ARGUMENTS
+from jaxengine.errors import ConfigError
+from jaxengine.log import logger
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a dense decoder, whatever its family.
+
+    Attributes:
+      architecture: Hugging Face architecture name, the key into `jaxengine.models.MODELS`.
+      vocab_size: Rows of the embedding; ids are in [0, vocab_size).
+      hidden_size: Width of the residual stream.
+      intermediate_size: Width of the feed-forward layer.
+      num_layers: Decoder layers.
+      num_heads: Query heads.
+      num_kv_heads: Key/value heads; divides `num_heads`.
+      head_dim: Width of a head.
+      rms_norm_eps: Epsilon of the norms.
+      rope_theta: Base of the rotary frequencies.
+      tie_word_embeddings: The output projection is the embedding.
+      max_position_embeddings: Longest sequence the model was made for, in tokens.
+      dtype: The checkpoint's own dtype.
+      eos_token_ids: Ids that end a text, from the config and the generation config.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    dtype: DTypeName = "bfloat16"
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"`num_attention_heads` must be a multiple of `num_key_value_heads`; "
+                f"got {self.num_heads} and {self.num_kv_heads}."
+            )
+
+    @property
+    def kv_bytes_per_token(self) -> dict[str, int]:
+        """Bytes of keys and values per token over all layers, by KV dtype."""
+        values = 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return {"float32": 4 * values, "bfloat16": 2 * values, "float16": 2 * values}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Every setting of an engine, under SGLang's names where it has them.
+
+    Attributes:
+      model_path: Folder of a checkpoint, or a hub id.
+      tokenizer_path: Folder or hub id of the tokenizer; the model's when None.
+      skip_tokenizer_init: Ids in, ids out; no tokenizer is loaded.
+      load_format: "auto" (safetensors, or Orbax where the folder holds one) or "dummy" (random).
+      dtype: Weights and activations; "auto" is the checkpoint's on a GPU and float32 on a CPU.
+      context_length: Longest prompt plus output, in tokens; the model's own when None.
+      mem_fraction_static: Share of the device memory for weights and KV pages, in (0, 1).
+      max_running_requests: Sequences that run at once (decode slots); chosen by device when None.
+      max_total_tokens: Tokens the KV pages hold; from the free memory when None.
+      page_size: Tokens in a KV page.
+      chunked_prefill_size: Most prompt tokens in one prefill call; chosen by device when None.
+      max_window_steps: Longest decode window, in steps.
+      decode_buckets: Batch sizes decode windows are compiled for, ascending; chosen when None.
+      prefill_buckets: Packed prefill lengths in tokens, ascending; chosen when None.
+      random_seed: Seed from which requests without one draw theirs; fresh when None.
+      served_model_name: Name in outputs; `model_path` when None.
+      trust_remote_code: Passed to transformers for the tokenizer.
+      revision: Hub revision.
+      download_dir: Hub cache folder.
+      executable_cache: Keep compiled programs on disk.
+      cache_dir: Where; `$XDG_CACHE_HOME/jaxengine` or `~/.cache/jaxengine` when None.
+      progress: Progress bars while loading and compiling; None shows them on a terminal.
+      log_level: Level of the "jaxengine" logger.
+    """
+
+    model_path: str = ""
+    tokenizer_path: str | None = None
+    skip_tokenizer_init: bool = False
+    load_format: str = "auto"
+    dtype: str = "auto"
+    context_length: int | None = None
+    mem_fraction_static: float = 0.85
+    max_running_requests: int | None = None
+    max_total_tokens: int | None = None
+    page_size: int = 16
+    chunked_prefill_size: int | None = None
+    max_window_steps: int = 32
+    decode_buckets: tuple[int, ...] | None = None
+    prefill_buckets: tuple[int, ...] | None = None
+    random_seed: int | None = None
+    served_model_name: str | None = None
+    trust_remote_code: bool = False
+    revision: str | None = None
+    download_dir: str | None = None
+    executable_cache: bool = True
+    cache_dir: str | None = None
+    progress: bool | None = None
+    log_level: str = "error"
+    ignored: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16", "half"))
+        _check_choice("load_format", self.load_format, ("auto", "safetensors", "orbax", "dummy"))
+        for name in (
+            "context_length",
+            "max_running_requests",
+            "max_total_tokens",
+            "page_size",
+            "max_window_steps",
+        ):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < 1):
+                raise ConfigError(f"`{name}` must be a positive integer, got {value!r}.")
+        chunk = self.chunked_prefill_size
+        if chunk is not None and (not _is_int(chunk) or (chunk < 1 and chunk != -1)):
+            raise ConfigError(
+                f"`chunked_prefill_size` must be a positive integer or -1 (whole prompts), "
+                f"got {chunk!r}."
+            )
+        if not 0 < self.mem_fraction_static < 1:
+            raise ConfigError(
+                f"`mem_fraction_static` must be in (0, 1), got {self.mem_fraction_static!r}."
+            )
+        for name in ("decode_buckets", "prefill_buckets"):
+            value = getattr(self, name)
+            if value is not None and (not value or list(value) != sorted({*value} - {0})):
+                raise ConfigError(f"`{name}` must be ascending positive sizes, got {value}.")
+
+    @classmethod
+    def from_kwargs(cls, kwargs: Mapping[str, Any]) -> "EngineConfig":
+        """Builds the config from `Engine(...)` keywords.
+
+        Names of SGLang that mean nothing here are ignored with one warning each.
+
+        Raises:
+          TypeError: For a name nobody knows, with the nearest one.
+          ConfigError: For a value out of range.
+        """
+        fields = {f.name for f in dataclasses.fields(cls) if f.name != "ignored"}
+        ours: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in kwargs.items()
+            if name in fields
+        }
+        ignored = tuple(name for name in kwargs if name not in fields)
+        for name in ignored:
+            if name in IGNORED_ARGUMENTS:
+                logger.warning("`%s` has no meaning in jaxengine and is ignored.", name)
+            elif name in REFUSED_ARGUMENTS and kwargs[name] not in (None, False, 1, (), [], {}):
+                raise ConfigError(f"`{name}` is not supported by jaxengine yet; leave it out.")
+            elif name in KNOWN_ARGUMENTS:
+                logger.warning("`%s` is an SGLang argument jaxengine does not have yet.", name)
+            else:
+                near = difflib.get_close_matches(name, fields | KNOWN_ARGUMENTS, n=1)
+                hint = f"; did you mean `{near[0]}`?" if near else "."
+                raise TypeError(f"Engine() got an unexpected keyword argument `{name}`{hint}")
+        return cls(**ours, ignored=ignored)
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> "EngineConfig":
+        """Reads a preset of `configs/`: one file, one EngineConfig."""
+        return cls.from_kwargs(tomllib.loads(Path(path).read_text()))
+
+    def describe(self) -> str:
+        """The resolved settings as one readable block, a line each."""
+        rows = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.repr]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"  {name:<{width}} = {value}" for name, value in rows)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"`{name}` must be one of {', '.join(choices)}; got {value!r}.")

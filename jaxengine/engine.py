@@ -1,0 +1,371 @@
+"""Engine: the public API. Text in and out, in one process, from any thread or event loop."""
+
+import atexit
+import dataclasses
+import itertools
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxengine import build as builder
+from jaxengine.call import Call
+from jaxengine.channel import Channel
+from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.errors import PromptTooLongError, RequestError
+from jaxengine.log import logger
+from jaxengine.outputs import SequenceOutput
+from jaxengine.params import SamplingParams, derive_seed, fresh_seed
+from jaxengine.requests import ParsedCall, PromptRequest, parse_call
+from jaxengine.sampling import Sampler, default_sampler
+from jaxengine.text.detokenizer import Detokenizer, Vocabulary
+from jaxengine.text.tokenizer import encode, eos_token_ids, load_tokenizer
+from jaxengine.types import MAX_STOP_TOKEN_IDS, SequenceRequest, SequenceUpdate, StopReason
+from jaxengine.worker import Worker
+
+SHUTDOWN_TIMEOUT_S = 60.0
+"""Longest wait for a device step that is under way."""
+
+
+class Engine:
+    """An offline LLM engine with the interface of `sglang.Engine`.
+
+    One process: no children, no ports, no signal handlers, no event-loop policy. Calls are safe
+    from any thread and any event loop, notebook cells included; several engines may live side by
+    side.
+
+    >>> with Engine(model_path=jaxengine.DEMO_MODEL) as engine:
+    ...     engine.generate("ROMEO:", {"temperature": 0, "max_new_tokens": 8})["text"]
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str] = "",
+        *,
+        sampler: Sampler | None = None,
+        params: dict[str, Any] | None = None,
+        model_config: ModelConfig | None = None,
+        tokenizer: Any = None,
+        **settings: Any,
+    ) -> None:
+        """Loads a model and starts the engine.
+
+        Args:
+          model_path: Folder of a checkpoint, or a hub id.
+          sampler: What turns logits into tokens; SGLang's chain when None.
+          params: The model's arrays, as `jaxengine.models` names them, instead of a checkpoint.
+          model_config: Shape of `params`; needed with them.
+          tokenizer: A Hugging Face tokenizer instead of the checkpoint's.
+          **settings: Fields of `EngineConfig`; other names of SGLang are ignored with a warning.
+
+        Raises:
+          TypeError: For a setting nobody knows.
+          ConfigError: For a setting or checkpoint that does not fit.
+          WeightsError: For tensors that do not fit the config.
+          CapacityError: If the device has no room.
+        """
+        started = time.perf_counter()
+        self._finalizer: weakref.finalize | None = None
+        config = EngineConfig.from_kwargs({"model_path": str(model_path), **settings})
+        if (params is None) != (model_config is None):
+            raise TypeError("`params` and `model_config` go together; pass both or neither.")
+        if sampler is not None:
+            # The cache's keys cover this package's source, not that of a sampler from outside.
+            config = dataclasses.replace(config, executable_cache=False)
+        if "log_level" in settings:
+            logger.setLevel(config.log_level.upper())
+        progress = sys.stderr.isatty() if config.progress is None else config.progress
+        self.tokenizer = tokenizer
+        if tokenizer is None and not config.skip_tokenizer_init and params is None:
+            folder = config.tokenizer_path or builder.resolve_folder(config)
+            self.tokenizer = load_tokenizer(folder, config.trust_remote_code, config.revision)
+        self._vocabulary = Vocabulary(self.tokenizer) if self.tokenizer is not None else None
+        self._sampler = sampler or default_sampler()
+        built = builder.build(
+            config, self._sampler, params=params, model_config=model_config, progress=progress
+        )
+        self.config, self.model_config = built.config, built.model_config
+        self._limits = built.limits
+        self._programs, self._core, self._built_seconds = built.programs, built.core, built.seconds
+        self._eos = eos_token_ids(self.tokenizer, self.model_config.eos_token_ids)
+        self._seq_ids = itertools.count()
+        self._rids: dict[str, list[SequenceRequest]] = {}
+        # Reentrant: the garbage collector may drop a Call, which releases ids, inside it.
+        self._rids_lock = threading.RLock()
+        self._seeds = (
+            None if config.random_seed is None else np.random.default_rng(config.random_seed)
+        )
+        try:
+            self._worker = Worker(built.core, built.runner.release)
+            self._finalizer = weakref.finalize(self, _stop, self._worker, built.programs)
+            # Registered after jax's own hook, so it runs before: a thread inside jax at interpreter
+            # exit would abort the process. `finalize` may have registered its own hook long ago.
+            self._finalizer.atexit = False
+            atexit.register(self._finalizer)
+            # The engine answers once the smallest programs are there; the others follow.
+            built.programs.wait(all_of_them=False)
+        except BaseException:  # Ctrl-C, too
+            built.programs.stop()
+            self.shutdown()
+            raise
+        self._startup_seconds = time.perf_counter() - started
+
+    # -- generation
+
+    def generate(
+        self,
+        prompt: Any = None,
+        sampling_params: Any = None,
+        input_ids: Any = None,
+        *,
+        return_logprob: Any = False,
+        stream: bool = False,
+        rid: Any = None,
+        **others: Any,
+    ) -> Any:
+        """Continues one prompt or a list of them; blocks, or streams with `stream=True`.
+
+        Ctrl-C, or closing the stream, aborts the requests at the end of the window under way.
+
+        Args:
+          prompt: A text, or a list of texts. As with the other arguments, any type is taken and
+            checked: what is wrong is a `RequestError` that names it.
+          sampling_params: A dict or `SamplingParams` for all prompts, or a list, one a prompt.
+          input_ids: Token ids instead of text.
+          return_logprob: Report the logprob of every generated token.
+          stream: Give an iterator of outputs as they grow: `text` and `output_ids` so far, and
+            what is new in `delta_text` and `delta_ids`; for a list also `index`.
+          rid: The request's id, in `meta_info["id"]`; fresh when None.
+          **others: Further arguments of SGLang, refused by name where they are set.
+
+        Returns:
+          SGLang's dict for a single prompt, else a list of them, samples of a prompt together.
+
+        Raises:
+          RequestError: For a bad argument; nothing of the call has been queued then.
+          EngineDeadError: After `shutdown`.
+        """
+        call = self._start(prompt, sampling_params, input_ids, return_logprob, stream, rid, others)
+        return call if stream else call.collect()
+
+    async def async_generate(
+        self,
+        prompt: Any = None,
+        sampling_params: Any = None,
+        input_ids: Any = None,
+        *,
+        return_logprob: Any = False,
+        stream: bool = False,
+        rid: Any = None,
+        **others: Any,
+    ) -> Any:
+        """`generate` for coroutines, in any event loop; cancelling the task aborts its requests.
+
+        With `stream=True` the awaited result is an async iterator, as in SGLang.
+        """
+        call = self._start(prompt, sampling_params, input_ids, return_logprob, stream, rid, others)
+        return call if stream else await call.acollect()
+
+    def abort(self, rid: str) -> None:
+        """Ends a request by its exact id; its caller gets what there is, `finish_reason` "abort".
+
+        An id that is not in flight is ignored.
+        """
+        with self._rids_lock:
+            requests = list(self._rids.get(rid, ()))
+        self._abort(requests)
+
+    # -- lifetime
+
+    def shutdown(self) -> None:
+        """Stops the threads and frees the device memory; a second call does nothing.
+
+        Requests in flight fail with EngineDeadError. Memory is free for this process at once, and
+        for others where JAX was started with XLA_PYTHON_CLIENT_PREALLOCATE=false.
+        """
+        if self._finalizer is not None:
+            _stop(self._worker, self._programs)
+            self._finalizer.detach()
+            atexit.unregister(self._finalizer)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def wait_until_compiled(self) -> None:
+        """Waits until every program is ready, so that nothing after is slowed by compiling."""
+        self._programs.wait(all_of_them=True)
+
+    def stats(self) -> dict[str, Any]:
+        """Counts and times since the start: queue, pages, tokens, windows, start-up."""
+        return {
+            **self._core.stats(),
+            "startup_seconds": {**self._built_seconds, "total": self._startup_seconds},
+            "programs": self._programs.stats(),
+            "max_total_tokens": self._limits.max_total_tokens,
+        }
+
+    # -- inside
+
+    def _start(
+        self,
+        prompt: Any,
+        sampling_params: Any,
+        input_ids: Any,
+        return_logprob: Any,
+        stream: bool,
+        rid: Any,
+        others: Mapping[str, Any],
+    ) -> Call:
+        parsed = parse_call(
+            prompt,
+            sampling_params,
+            input_ids,
+            return_logprob=return_logprob,
+            rid=rid,
+            others=others,
+            specs=self._sampler.params,
+            vocab_size=self.model_config.vocab_size,
+            tokenizer=self.tokenizer,
+        )
+        prompt_ids = self._tokenize(parsed)
+        samples = [
+            self._sequence(request, ids, sample, is_streaming=stream)
+            for request, ids in zip(parsed.requests, prompt_ids, strict=True)
+            for sample in range(parsed.n)
+        ]
+        return self._submit(parsed, samples, stream)
+
+    def _tokenize(self, parsed: ParsedCall) -> list[np.ndarray]:
+        texts = [r.text for r in parsed.requests if r.text is not None]
+        if not texts:
+            return [r.input_ids for r in parsed.requests if r.input_ids is not None]
+        rows = encode(self.tokenizer, texts)
+        for request, row in zip(parsed.requests, rows, strict=True):
+            if not row:
+                raise RequestError(f"Prompt {request.index} has no tokens: {request.text!r}.")
+        return [np.asarray(row, np.int32) for row in rows]
+
+    def _sequence(
+        self, request: PromptRequest, ids: np.ndarray, sample: int, *, is_streaming: bool
+    ) -> SequenceRequest:
+        params = request.params
+        stop_ids = tuple(dict.fromkeys((*(params.stop_token_ids or ()), *self._eos)))
+        if len(stop_ids) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(
+                f"`stop_token_ids` of prompt {request.index} and the model's own are "
+                f"{len(stop_ids)} ids; at most {MAX_STOP_TOKEN_IDS} are possible."
+            )
+        return SequenceRequest(
+            seq_id=next(self._seq_ids),
+            rid=request.rid,
+            prompt_ids=ids,
+            max_new_tokens=self._max_new_tokens(request, len(ids)),
+            min_new_tokens=params.min_new_tokens,
+            stop_token_ids=stop_ids,
+            ignore_eos=params.ignore_eos,
+            seed=derive_seed(self._seed(params.seed), request.index, sample),
+            values=request.values,
+            is_streaming=is_streaming,
+            wants_logprobs=request.return_logprob,
+        )
+
+    def _seed(self, seed: int | None) -> int:
+        if seed is not None:
+            return seed
+        return fresh_seed() if self._seeds is None else int(self._seeds.integers(2**63))
+
+    def _max_new_tokens(self, request: PromptRequest, prompt_len: int) -> int:
+        """The limit after clipping to the context and to the pool, as SGLang clips it."""
+        context, pool = self._limits.context_length, self._limits.max_total_tokens
+        asked = request.params.max_new_tokens
+        where = f"Prompt {request.index} has {prompt_len:,} tokens"
+        if prompt_len >= context:
+            raise PromptTooLongError(
+                f"{where}; `context_length` is {context:,} and must hold at least one more. "
+                "Shorten it, or raise `context_length` if the model allows."
+            )
+        if prompt_len >= pool:
+            raise PromptTooLongError(
+                f"{where}; the KV pages hold {pool:,} in all. "
+                "Shorten it, or raise `max_total_tokens` or `mem_fraction_static`."
+            )
+        room = min(context, pool) - prompt_len
+        return room if asked is None else min(asked, room)
+
+    def _submit(self, parsed: ParsedCall, samples: list[SequenceRequest], stream: bool) -> Call:
+        channel = Channel()
+        by_prompt = itertools.chain.from_iterable(
+            itertools.repeat(request, parsed.n) for request in parsed.requests
+        )
+        outputs = [
+            SequenceOutput(
+                sample,
+                channel,
+                index=index,
+                detokenizer=self._detokenizer(request.params),
+                has_stop_strings=bool(request.params.stop),
+                weight_version="default",
+            )
+            for index, (request, sample) in enumerate(zip(by_prompt, samples, strict=True))
+        ]
+        self._claim_rids(samples)
+        # Made before anything is queued: from here on whatever goes wrong, Ctrl-C too, aborts it.
+        call = Call(
+            channel,
+            samples,
+            is_single=parsed.is_single,
+            abort=self._abort,
+            release=self._release_rids,
+        )
+        try:
+            self._worker.submit(list(zip(samples, outputs, strict=True)))
+        except BaseException:
+            call.close()
+            raise
+        return call
+
+    def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
+        if self._vocabulary is None:
+            return None
+        return Detokenizer(
+            self._vocabulary,
+            stop=tuple(params.stop or ()),
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+            no_stop_trim=params.no_stop_trim,
+        )
+
+    def _claim_rids(self, samples: list[SequenceRequest]) -> None:
+        with self._rids_lock:
+            for sample in samples:
+                if sample.rid in self._rids:
+                    raise RequestError(
+                        f"`rid` {sample.rid!r} is already in flight; choose another."
+                    )
+            for sample in samples:
+                self._rids.setdefault(sample.rid, []).append(sample)
+
+    def _release_rids(self, samples: list[SequenceRequest]) -> None:
+        with self._rids_lock:
+            for sample in samples:
+                # By then the id may be another call's.
+                if sample in self._rids.get(sample.rid, ()):
+                    del self._rids[sample.rid]
+
+    def _abort(self, requests: list[SequenceRequest]) -> None:
+        for request in requests:
+            self._worker.finish(SequenceUpdate(request.seq_id, [], finish=StopReason("abort")))
+
+
+def _stop(worker: Worker, programs: Any) -> None:
+    worker.close()
+    programs.stop()
+    worker.stop(SHUTDOWN_TIMEOUT_S)

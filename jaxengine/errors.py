@@ -1,0 +1,55 @@
+"""Every exception jaxengine raises on purpose.
+
+    JaxEngineError
+    ├── ConfigError (ValueError)        a setting is unknown, out of range, or does not fit
+    │   └── UnsupportedModelError       the checkpoint needs what jaxengine does not implement
+    ├── RequestError (ValueError)       one request is wrong; nobody else is touched
+    │   └── PromptTooLongError          the prompt does not fit the context or the page pool
+    ├── CapacityError (RuntimeError)    the device cannot hold what was asked of it
+    ├── WeightsError (ValueError)       missing, unexpected or misshapen tensors, all named at once
+    ├── StepError (RuntimeError)        a device step failed, and the requests of that batch with it
+    ├── NaNLogitsError (RuntimeError)   the model gave NaN for this request
+    └── EngineDeadError (RuntimeError)  the engine was shut down, or failed to start
+
+A message says what, what was got, the limit, and the remedy; arguments stand in backticks.
+"""
+
+
+class JaxEngineError(Exception):
+    """Base of all errors raised by jaxengine."""
+
+
+class ConfigError(JaxEngineError, ValueError):
+    """A setting is unknown, out of range, or does not fit the model."""
+
+
+class UnsupportedModelError(ConfigError):
+    """The checkpoint needs something jaxengine does not implement."""
+
+
+class RequestError(JaxEngineError, ValueError):
+    """One request is wrong; a `ValueError` too, so scripts written for SGLang catch it."""
+
+
+class PromptTooLongError(RequestError):
+    """The prompt does not fit the context length or the page pool."""
+
+
+class CapacityError(JaxEngineError, RuntimeError):
+    """The device cannot hold what was asked of it."""
+
+
+class WeightsError(JaxEngineError, ValueError):
+    """Tensors are missing, unexpected or misshapen; the message names all of them."""
+
+
+class StepError(JaxEngineError, RuntimeError):
+    """A device step failed; the requests of that batch fail with it, the engine goes on."""
+
+
+class NaNLogitsError(JaxEngineError, RuntimeError):
+    """The model produced NaN logits for this request."""
+
+
+class EngineDeadError(JaxEngineError, RuntimeError):
+    """The engine was shut down or could not start."""

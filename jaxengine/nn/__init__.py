@@ -1,0 +1,1 @@
+"""Pure building blocks of models: norms, products, rotary embedding, paged attention."""

@@ -1,0 +1,292 @@
+"""The arguments of `generate`, checked and laid out as one request a prompt.
+
+All of a call is checked before any of it is queued. Knows nothing of tokenising and of jax.
+"""
+
+import difflib
+import reprlib
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxengine.errors import RequestError
+from jaxengine.params import ParsedParams, SamplingParams, parse_sampling_params
+from jaxengine.types import Param
+
+_UNSUPPORTED_ARGUMENTS: dict[str, Any] = dict.fromkeys(
+    """
+    audio_data bootstrap_host bootstrap_port bootstrap_room cache_salt custom_logit_processor
+    data_parallel_rank disagg_prefill_dp_rank external_trace_header extra_key image_data
+    input_embeds kv_router_hint lora_path max_thinking_tokens mm_content_hashes mm_hashes
+    modalities positional_embed_overrides priority require_reasoning return_flat_raw_top_logprobs
+    return_hidden_states return_prompt_token_ids return_routed_experts return_sampling_mask
+    return_text_in_logprobs routed_dp_rank session_id session_params token_ids_logprob video_data
+    """.split()
+) | {"logprob_start_len": -1, "routed_experts_start_len": 0, "top_logprobs_num": 0}
+"""SGLang's arguments whose feature does not exist here yet, and the number that asks for none."""
+
+_ARGUMENTS = ("input_ids", "prompt", "return_logprob", "rid", "sampling_params", "stream")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptRequest:
+    """One prompt of a `generate` call.
+
+    Attributes:
+      index: Place of the prompt in its list.
+      rid: Public id.
+      text: The prompt, not empty; None when ids were given.
+      input_ids: The prompt as int32 ids in the vocabulary, at least one; None when text was given.
+      params: Checked; `stop` and `stop_token_ids` are tuples.
+      values: The sampler's parameters by name, ready for the device.
+      return_logprob: Output tokens carry their logprob.
+    """
+
+    index: int
+    rid: str
+    text: str | None
+    input_ids: np.ndarray | None
+    params: SamplingParams
+    values: Mapping[str, Any]
+    return_logprob: bool = False
+
+
+class ParsedCall(NamedTuple):
+    """A checked `generate` call.
+
+    Attributes:
+      requests: One a prompt, in order.
+      n: Samples a prompt; results are prompt-major.
+      is_single: The result is one dict, not a list: one bare prompt and one sample.
+    """
+
+    requests: list[PromptRequest]
+    n: int
+    is_single: bool
+
+
+def parse_call(
+    prompt: Any,
+    sampling_params: Any,
+    input_ids: Any,
+    *,
+    return_logprob: Any = False,
+    rid: Any = None,
+    others: Mapping[str, Any],
+    specs: Mapping[str, Param],
+    vocab_size: int,
+    tokenizer: Any,
+) -> ParsedCall:
+    """Checks the arguments of one `generate` call, which may be of any type.
+
+    Args:
+      prompt: One text or a list of texts.
+      sampling_params: One for all prompts, or a list with one a prompt.
+      input_ids: Ids of one prompt, or a list of such; lists or numpy arrays.
+      return_logprob: One for all, or a list.
+      rid: Public id or ids; one id and a list of prompts give `{rid}_{index}`. Fresh when None.
+      others: Further keyword arguments of the call.
+      specs: Parameters of the engine's sampler.
+      vocab_size: Token ids are in [0, vocab_size).
+      tokenizer: None when the engine has none.
+
+    Raises:
+      TypeError: For an argument or sampling parameter nobody knows, with the nearest name.
+      RequestError: For anything else; it names the prompt by its index.
+    """
+    _check_others(others, specs)
+    if prompt is None and input_ids is None:
+        raise RequestError("`prompt` or `input_ids` must be given.")
+    if prompt is not None and input_ids is not None:
+        raise RequestError("`prompt` and `input_ids` are both given; leave one of them out.")
+    if prompt is not None:
+        is_list = not isinstance(prompt, str)
+        texts = _texts(prompt, is_list, tokenizer)
+        ids = [None] * len(texts)
+    else:
+        is_list = _is_list_of_prompts(input_ids)
+        ids = _id_rows(input_ids, is_list, vocab_size)
+        texts = [None] * len(ids)
+    count = len(texts)
+    rids = _rids(rid, count, is_list)
+    wants_logprob = _flags("return_logprob", return_logprob, count, is_list)
+    parsed = _parsed_params(sampling_params, count, is_list, specs, vocab_size, tokenizer)
+    n = _common_n(parsed)
+    requests = [
+        PromptRequest(
+            index=i,
+            rid=rids[i],
+            text=texts[i],
+            input_ids=ids[i],
+            params=parsed[i].params,
+            values=parsed[i].values,
+            return_logprob=wants_logprob[i],
+        )
+        for i in range(count)
+    ]
+    return ParsedCall(requests, n, is_single=not is_list and n == 1)
+
+
+def _check_others(others: Mapping[str, Any], specs: Mapping[str, Param]) -> None:
+    for name, value in others.items():
+        if name in _UNSUPPORTED_ARGUMENTS:
+            if not _asks_for_nothing(value, _UNSUPPORTED_ARGUMENTS[name]):
+                raise RequestError(f"`{name}` is not supported by jaxengine yet; leave it out.")
+            continue
+        if name in specs or name in SamplingParams.__dataclass_fields__:
+            hint = "; it is a sampling parameter: put it into `sampling_params`."
+        elif near := difflib.get_close_matches(name, [*_ARGUMENTS, *_UNSUPPORTED_ARGUMENTS], 1):
+            hint = f"; did you mean `{near[0]}`?"
+        else:
+            hint = "."
+        raise TypeError(f"generate() got an unexpected keyword argument `{name}`{hint}")
+
+
+def _asks_for_nothing(value: Any, default: Any) -> bool:
+    if value is None or value is False:
+        return True
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value == default
+    if isinstance(value, list | tuple):
+        return all(_asks_for_nothing(item, default) for item in value)
+    return isinstance(value, str | dict) and not value
+
+
+def _place(name: str, index: int, is_list: bool) -> str:
+    return f"`{name}` of prompt {index}" if is_list else f"`{name}`"
+
+
+def _texts(prompt: Any, is_list: bool, tokenizer: Any) -> list[str]:
+    prompts = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
+    prompts = prompts if is_list else [prompts]
+    if not isinstance(prompts, list | tuple):
+        got = type(prompt).__name__
+        raise RequestError(f"`prompt` must be a string or a list of strings, got {got}.")
+    for i, text in enumerate(prompts):
+        place = f"Prompt {i}" if is_list else "`prompt`"
+        if not isinstance(text, str):
+            remedy = " Token ids go into `input_ids`." if isinstance(text, Integral | list) else ""
+            raise RequestError(f"{place} must be a string, got {type(text).__name__}.{remedy}")
+        if not text:
+            raise RequestError(f"{place} is empty; it needs at least one character.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            where = f"at character {error.start}"
+            raise RequestError(f"{place} holds half a surrogate pair {where}.") from None
+    if tokenizer is None and prompts:
+        raise RequestError(
+            "`prompt` needs a tokenizer, and this engine was made with skip_tokenizer_init=True. "
+            "Pass `input_ids`, or make the engine with a tokenizer."
+        )
+    return list(prompts)
+
+
+def _is_list_of_prompts(input_ids: Any) -> bool:
+    if hasattr(input_ids, "ndim"):
+        return input_ids.ndim > 1
+    if not isinstance(input_ids, list | tuple):
+        got = type(input_ids).__name__
+        raise RequestError(f"`input_ids` must be a list of ids or a list of such lists, got {got}.")
+    return len(input_ids) > 0 and (
+        isinstance(input_ids[0], list | tuple) or getattr(input_ids[0], "ndim", 0) > 0
+    )
+
+
+def _id_rows(input_ids: Any, is_list: bool, vocab_size: int) -> list[np.ndarray]:
+    rows = input_ids if is_list else [input_ids]
+    return [
+        _token_ids(row, _place("input_ids", i, is_list), vocab_size) for i, row in enumerate(rows)
+    ]
+
+
+def _token_ids(ids: Any, place: str, vocab_size: int) -> np.ndarray:
+    if hasattr(ids, "ndim"):
+        array = np.asarray(ids)
+        if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+            got = f"shape {array.shape} and dtype {array.dtype}"
+            raise RequestError(f"{place} must be a row of integers, got an array of {got}.")
+        ids = array.tolist()
+    if not isinstance(ids, list | tuple):
+        raise RequestError(f"{place} must be a list of ids, got {type(ids).__name__}.")
+    if not ids:
+        raise RequestError(f"{place} is empty; a prompt needs at least one token.")
+    if set(map(type, ids)) != {int}:
+        for position, token_id in enumerate(ids):
+            if not isinstance(token_id, Integral) or isinstance(token_id, bool):
+                got = f"{reprlib.repr(token_id)} at position {position}"
+                raise RequestError(f"{place} must hold integers only, got {got}.")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        position, bad = next((i, t) for i, t in enumerate(ids) if not 0 <= t < vocab_size)
+        got = f"got {bad} at position {position}"
+        raise RequestError(f"{place} must be in the vocabulary, [0, {vocab_size}); {got}.")
+    return np.array(ids, np.int32)
+
+
+def _flags(name: str, value: Any, count: int, is_list: bool) -> list[bool]:
+    flags = _spread(name, value, count, is_list)
+    for i, flag in enumerate(flags):
+        if not isinstance(flag, bool | np.bool_):
+            place = _place(name, i, is_list)
+            raise RequestError(f"{place} must be True or False, got {flag!r}.")
+    return [bool(flag) for flag in flags]
+
+
+def _spread(name: str, value: Any, count: int, is_list: bool) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if not is_list:
+        raise RequestError(f"`{name}` is a list, but there is one bare prompt; pass a list of one.")
+    if len(value) != count:
+        raise RequestError(f"`{name}` has {len(value)} entries for {count} prompts.")
+    return list(value)
+
+
+def _rids(rid: Any, count: int, is_list: bool) -> list[str]:
+    if rid is None:
+        return [uuid.uuid4().hex for _ in range(count)]
+    if isinstance(rid, str) and rid and is_list:
+        return [f"{rid}_{i}" for i in range(count)]
+    rids = _spread("rid", rid, count, is_list)
+    first: dict[str, int] = {}
+    for i, name in enumerate(rids):
+        if not isinstance(name, str) or not name:
+            place = _place("rid", i, is_list)
+            raise RequestError(f"{place} must be a string that is not empty, got {name!r}.")
+        if first.setdefault(name, i) != i:
+            raise RequestError(f"`rid` {name!r} is given to prompts {first[name]} and {i}.")
+    return rids
+
+
+def _parsed_params(
+    sampling_params: Any,
+    count: int,
+    is_list: bool,
+    specs: Mapping[str, Param],
+    vocab_size: int,
+    tokenizer: Any,
+) -> list[ParsedParams]:
+    def parse(raw: Any, index: int | None) -> ParsedParams:
+        return parse_sampling_params(
+            raw, specs, index=index, vocab_size=vocab_size, tokenizer=tokenizer
+        )
+
+    rows = _spread("sampling_params", sampling_params, count, is_list)
+    if isinstance(sampling_params, list | tuple):
+        return [parse(raw, i) for i, raw in enumerate(rows)]
+    return [parse(sampling_params, None)] * count
+
+
+def _common_n(parsed: list[ParsedParams]) -> int:
+    counts = [p.params.n for p in parsed] or [1]
+    for i, n in enumerate(counts):
+        if n != counts[0]:
+            raise RequestError(
+                f"`n` must be the same for all prompts of a call; "
+                f"it is {counts[0]} for prompt 0 and {n} for prompt {i}."
+            )
+    return counts[0]

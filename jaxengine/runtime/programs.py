@@ -1,0 +1,299 @@
+"""Compiles every step ahead, in parallel, and keeps the executables on disk.
+
+A warm start traces nothing: an executable's key comes from the configuration, the versions, the
+device and the source, not from a lowering.
+"""
+
+import atexit
+import hashlib
+import importlib.metadata
+import itertools
+import os
+import pickle
+import platform
+import queue
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+from tqdm.auto import tqdm
+
+from jaxengine.errors import ConfigError, EngineDeadError
+from jaxengine.log import logger
+
+GPU_WINDOW_OPTIONS: dict[str, str | int] = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
+    ),
+    "xla_gpu_graph_min_graph_size": 1,
+}
+"""Makes a whole decode window one CUDA graph with a conditional loop node: the host is away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramSpec:
+    """A function and the shapes to compile it for.
+
+    Attributes:
+      name: For profiles and progress, e.g. "decode_b32_p64".
+      fn: Pure function of `args`.
+      args: Abstract arguments, placed on the mesh.
+      donate: Positions of donated arguments.
+      options: XLA compiler options.
+      cost: Rough relative work; the most expensive are compiled first.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    donate: tuple[int, ...] = ()
+    options: Mapping[str, str | int] = field(default_factory=dict)
+    cost: int = 0
+
+    def lower(self) -> Any:
+        """Traces and lowers; `.compile(compiler_options=...)` is the slow half, without the GIL."""
+
+        def named(*args: Any) -> Any:
+            return self.fn(*args)
+
+        named.__name__ = self.name
+        return jax.jit(named, donate_argnums=self.donate).lower(*self.args)
+
+
+class ExecutableCache:
+    """Serialised executables in a folder that only its owner may touch.
+
+    Loading unpickles, so the folder is refused when others could have written to it.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = folder.stat()
+        if info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
+            raise ConfigError(
+                f"`cache_dir` {folder} must belong to you and be closed to others (mode 0700), "
+                f"got owner {info.st_uid} and mode {stat.S_IMODE(info.st_mode):04o}; "
+                f"run `chmod 700 {folder}`, choose another folder, or set executable_cache=False."
+            )
+        self._folder = folder
+        self._fingerprint = fingerprint
+
+    def _path(self, spec: ProgramSpec) -> Path:
+        described = repr((self._fingerprint, spec.name, sorted(spec.options.items())))
+        return self._folder / f"{spec.name}-{hashlib.sha256(described.encode()).hexdigest()[:32]}"
+
+    def load(self, spec: ProgramSpec) -> Any | None:
+        """The executable, or None when there is none that loads here."""
+        try:
+            payload = self._path(spec).read_bytes()
+            return serialize_executable.deserialize_and_load(*pickle.loads(payload))
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            logger.warning("cannot load %s from the executable cache: %s", spec.name, error)
+            return None
+
+    def store(self, spec: ProgramSpec, compiled: Any) -> None:
+        """Writes the executable; a failure costs the next start time, nothing else."""
+        try:
+            payload = pickle.dumps(serialize_executable.serialize(compiled))
+            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
+                file.write(payload)
+            os.replace(file.name, self._path(spec))
+        except Exception as error:
+            logger.warning("cannot store %s in the executable cache: %s", spec.name, error)
+
+
+TRACED_ROOMS = (
+    "pallas_kernels",
+    "jaxengine/models",
+    "jaxengine/nn",
+    "jaxengine/runtime",
+    "jaxengine/sampling",
+    "jaxengine/scheduler",
+)
+"""Folders whose source decides what a compiled step does."""
+
+
+def fingerprint(*parts: object) -> str:
+    """What an executable depends on beside its shapes: versions, device, source, configuration."""
+    device = jax.devices()[0]
+    source = hashlib.sha256()
+    root = Path(__file__).parents[2]
+    for room in TRACED_ROOMS:
+        for path in sorted((root / room).rglob("*.py")):
+            source.update(path.read_bytes())
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")]
+    backend = (device.platform, device.device_kind, device.client.platform_version)
+    flags = os.environ.get("XLA_FLAGS", "")
+    return repr((versions, backend, platform.machine(), flags, source.hexdigest(), *parts))
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/jaxengine/executables`, or below `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "jaxengine" / "executables"
+
+
+type ProgramKey = tuple[str, int, int]
+"""Kind of step, its bucket, and the bucket of its pages."""
+
+
+STOP_TIMEOUT_S = 60.0
+"""Longest wait for a compilation under way; it cannot be interrupted."""
+
+
+class Programs:
+    """All compiled steps of an engine, by key. Compiling happens in daemon threads of its own."""
+
+    def __init__(
+        self,
+        specs: Mapping[ProgramKey, ProgramSpec],
+        *,
+        first: Collection[ProgramKey],
+        cache: ExecutableCache | None,
+        progress: bool,
+    ) -> None:
+        """Starts compiling.
+
+        Args:
+          specs: What to compile.
+          first: Keys a first answer needs; see `wait`.
+          cache: Where executables are kept, if at all.
+          progress: Show a bar.
+        """
+        self._first = tuple(first)
+        self._specs = dict(specs)
+        self._cache = cache
+        self._done: dict[ProgramKey, Future] = {key: Future() for key in specs}
+        self._queue: queue.PriorityQueue = queue.PriorityQueue()
+        self._tickets = itertools.count()
+        self._lock = threading.Lock()
+        self._tracing = threading.Lock()
+        self._taken: set[ProgramKey] = set()
+        self._stopped = False
+        self.num_compiled = 0
+        self.num_loaded = 0
+        self.seconds = 0.0
+        self._started = time.perf_counter()
+        self._bar = tqdm(total=len(specs), desc="Compiling", unit="program", disable=not progress)
+        # What a first answer needs comes first, then the largest, which take longest.
+        for key, spec in self._specs.items():
+            self._put(0 if key in first else 1 / (1 + spec.cost), key)
+        workers = min(8, os.cpu_count() or 1, len(self._specs))
+        self._threads = [
+            threading.Thread(target=self._work, name=f"jaxengine-compile-{i}", daemon=True)
+            for i in range(workers)
+        ]
+        # Compiling while the interpreter ends would crash it; jax's own hook then runs after this.
+        atexit.register(self.stop)
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def get(self, key: ProgramKey) -> Any:
+        """The executable; waits while it is being compiled.
+
+        Raises:
+          Exception: Whatever compiling it raised.
+        """
+        future = self._done[key]
+        if not future.done():
+            self._put(-1, key)  # now the most urgent
+        return future.result()
+
+    def stats(self) -> dict[str, float]:
+        """How many programs are ready, where they came from, and how long all of them took."""
+        return {
+            "num_programs": len(self._specs),
+            "num_compiled": self.num_compiled,
+            "num_loaded": self.num_loaded,
+            "seconds": self.seconds,
+        }
+
+    def is_ready(self, key: ProgramKey) -> bool:
+        """Whether `get` would give the executable at once."""
+        future = self._done[key]
+        return future.done() and future.exception() is None
+
+    def wait(self, *, all_of_them: bool) -> None:
+        """Waits for all programs, or for those a first answer needs."""
+        for key in self._specs if all_of_them else self._first:
+            self.get(key)
+
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """Lets running compilations end and starts no more."""
+        self._stopped = True
+        error = EngineDeadError("The engine was shut down before this program was compiled.")
+        for _ in self._threads:
+            self._put(-2, None)
+        # The garbage collector may run this in one of them.
+        for thread in set(self._threads) - {threading.current_thread()}:
+            if thread.ident is not None:
+                thread.join(timeout_s)
+        atexit.unregister(self.stop)
+        self._bar.close()
+        with self._lock:
+            for future in self._done.values():
+                if not future.done():
+                    future.set_exception(error)
+
+    def _put(self, rank: float, key: ProgramKey | None) -> None:
+        self._queue.put((rank, next(self._tickets), key))
+
+    def _work(self) -> None:
+        while not self._stopped:
+            _, _, key = self._queue.get()
+            if key is None or self._stopped:
+                break
+            with self._lock:
+                is_taken = key in self._taken
+                self._taken.add(key)
+            if not is_taken:
+                self._build(key, self._done[key])
+
+    def _build(self, key: ProgramKey, future: Future) -> None:
+        spec = self._specs[key]
+        try:
+            program = self._cache.load(spec) if self._cache else None
+            was_loaded = program is not None
+            if program is None:
+                # Tracing holds the GIL: one at a time leaves the rest of the process its share.
+                with self._tracing:
+                    lowered = spec.lower()
+                program = lowered.compile(compiler_options=dict(spec.options) or None)
+                if self._cache:
+                    self._cache.store(spec, program)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            with self._lock:
+                self.num_loaded += was_loaded
+                self.num_compiled += not was_loaded
+            future.set_result(program)
+        self._report(spec)
+
+    def _report(self, spec: ProgramSpec) -> None:
+        with self._lock:
+            self._bar.set_description(f"Compiling {spec.name}")
+            self._bar.update()
+            if all(future.done() for future in self._done.values()):
+                self._bar.close()
+                self.seconds = time.perf_counter() - self._started
+                logger.info(
+                    "programs ready in %.1f s: %d compiled, %d from the executable cache",
+                    self.seconds,
+                    self.num_compiled,
+                    self.num_loaded,
+                )

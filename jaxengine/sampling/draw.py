@@ -1,0 +1,46 @@
+"""How one token is drawn from the transformed logits."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxengine.sampling.context import SamplingContext
+
+
+class Draw(NamedTuple):
+    """The last step of a sampler.
+
+    Attributes:
+      select: (logits, state, ctx) -> (token i32[B], aux pytree).
+      init: ctx -> state of newly admitted rows.
+      update: (state, drawn, ctx) -> state.
+      is_greedy: ctx -> bool[B], rows that take the most likely token; a step with only such rows
+        needs no noise. None when there are none.
+    """
+
+    select: Callable[..., tuple[Int[Array, " B"], Any]]
+    init: Callable[[SamplingContext], Any] = lambda ctx: ()
+    update: Callable[..., Any] = lambda state, drawn, ctx: state
+    is_greedy: Callable[[SamplingContext], Bool[Array, " B"]] | None = None
+
+
+def _gumbel_max(
+    logits: Float[Array, "B V"], state: Any, ctx: SamplingContext
+) -> tuple[Int[Array, " B"], Any]:
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(ctx.key)
+    noisy = jnp.where(_is_greedy(ctx)[:, None], logits, logits + noise)
+    return jnp.argmax(noisy, axis=-1).astype(jnp.int32), ()
+
+
+def _is_greedy(ctx: SamplingContext) -> Bool[Array, " B"]:
+    return ctx.temperature == 0
+
+
+gumbel_max = Draw(_gumbel_max, is_greedy=_is_greedy)
+"""argmax(logits + Gumbel noise) draws from softmax(logits); rows of temperature 0 are greedy,
+ties going to the lowest id.
+
+Source: Maddison et al., A* Sampling, arXiv:1411.0030 (the Gumbel-max trick)."""

@@ -1,0 +1,129 @@
+"""The `jaxengine` command."""
+
+import argparse
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jaxengine
+from jaxengine.errors import JaxEngineError
+
+DEMO_PROMPTS = (
+    "ROMEO:\nWhat light",
+    "JULIET:\nO Romeo,",
+    "KING RICHARD III:\nA horse!",
+    "First Citizen:\nBefore we proceed",
+)
+DEMO_PARAMS = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 48}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code: 0, or 1 for an error that names its remedy."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        args.run(args)
+    except JaxEngineError as error:
+        print(f"jaxengine: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxengine", description="An offline LLM engine in JAX.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=jaxengine.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo",
+        help="generate text four ways: sync and async, streamed and not",
+        description="Runs the four generation modes on real prompts. Without --model it uses the "
+        "small model that comes with the package, so it needs no download.",
+    )
+    demo.add_argument(
+        "--model", default=jaxengine.DEMO_MODEL, help="checkpoint folder or hub id", metavar="PATH"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
+    demo.set_defaults(run=_demo)
+    convert = commands.add_parser(
+        "convert",
+        help="rewrite a safetensors checkpoint as an Orbax one",
+        description="Loads a Hugging Face checkpoint, merges its projections once, and writes an "
+        "Orbax checkpoint beside the tokenizer and config files; Engine(model_path=DST) loads it.",
+    )
+    convert.add_argument("src", help="checkpoint folder or hub id", metavar="SRC")
+    convert.add_argument("dst", type=Path, help="new folder", metavar="DST")
+    convert.set_defaults(run=_convert)
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> None:
+    params = {**DEMO_PARAMS, "seed": args.seed}
+    started = time.perf_counter()
+    with jaxengine.Engine(model_path=args.model, progress=True) as engine:
+        print(f"\nReady in {time.perf_counter() - started:.1f} s.")
+        _show_modes(engine, params)
+        stats = engine.stats()
+        print(
+            f"{stats['num_generated_tokens']} tokens in {stats['num_windows']} decode windows of "
+            f"{stats['mean_window_steps']:.1f} steps on average."
+        )
+        programs = stats["programs"]
+        print(
+            f"{programs['num_compiled']} programs compiled, {programs['num_loaded']} taken from "
+            "the executable cache."
+        )
+
+
+def _show_modes(engine: Any, params: dict[str, Any]) -> None:
+    _title("Non-streaming synchronous generation")
+    for prompt, output in zip(DEMO_PROMPTS, engine.generate(DEMO_PROMPTS, params), strict=True):
+        _show(prompt, output["text"])
+
+    _title("Streaming synchronous generation")
+    for prompt in DEMO_PROMPTS[:2]:
+        print(prompt, end="")
+        for chunk in engine.generate(prompt, params, stream=True):
+            print(chunk["delta_text"], end="", flush=True)
+        print("\n")
+
+    async def run_async() -> None:
+        _title("Non-streaming asynchronous generation")
+        outputs = await engine.async_generate(DEMO_PROMPTS, params)
+        for prompt, output in zip(DEMO_PROMPTS, outputs, strict=True):
+            _show(prompt, output["text"])
+
+        _title("Streaming asynchronous generation")
+        for prompt in DEMO_PROMPTS[:2]:
+            print(prompt, end="")
+            async for delta in jaxengine.async_stream_and_merge(engine, prompt, params):
+                print(delta, end="", flush=True)
+            print("\n")
+
+    asyncio.run(run_async())
+
+
+def _title(text: str) -> None:
+    print(f"\n=== {text} ===\n")
+
+
+def _show(prompt: str, text: str) -> None:
+    print(f"{prompt}{text}\n")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from jaxengine.build import convert
+
+    convert(args.src, args.dst)
+    print(f"Wrote {args.dst}; load it with Engine(model_path={str(args.dst)!r}).")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

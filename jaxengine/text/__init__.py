@@ -1,0 +1,1 @@
+"""Text in and out: prompts to token ids, generated ids to text. Knows nothing of jax."""

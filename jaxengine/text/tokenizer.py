@@ -1,0 +1,80 @@
+"""Loads a tokenizer and turns prompts into ids. Knows nothing of the engine."""
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxengine.errors import ConfigError
+
+
+def load_tokenizer(
+    path: str | Path, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
+    """Loads the Hugging Face tokenizer of a folder or hub id.
+
+    A folder with a `tokenizer.json` is taken at its word; anything else goes through
+    `AutoTokenizer`, which may import torch where torch is installed.
+
+    Raises:
+      ConfigError: When there is no usable tokenizer.
+    """
+    with _no_advice():
+        from transformers import PreTrainedTokenizerFast as Tokenizer
+
+        # NOTE: AutoTokenizer imports torch where it can, and rebuilds parts of `tokenizer.json`
+        # (the normalizer, the pre-tokenizer) from the model type.
+        if trust_remote_code or not (Path(path) / "tokenizer.json").is_file():
+            from transformers import AutoTokenizer as Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_pretrained(
+                str(path), trust_remote_code=trust_remote_code, revision=revision or "main"
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise _no_tokenizer(path, " ".join(str(error).split())) from error
+    # NOTE: from a folder with a config.json alone, transformers makes an empty tokenizer.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise _no_tokenizer(path, "it has no vocabulary files")
+    return tokenizer
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, with the special tokens the tokenizer adds by itself."""
+    return tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
+
+
+def eos_token_ids(tokenizer: Any, *more: int | Iterable[int] | None) -> tuple[int, ...]:
+    """Ids that end a text, ascending: the tokenizer's own and those of the configs given.
+
+    Args:
+      tokenizer: None when the engine has none.
+      more: `eos_token_id` of config.json and generation_config.json, as they stand there.
+    """
+    ids: set[int] = set()
+    for item in (getattr(tokenizer, "eos_token_id", None), *more):
+        ids |= set() if item is None else {item} if isinstance(item, int) else set(item)
+    return tuple(sorted(ids))
+
+
+def _no_tokenizer(path: str | Path, cause: str) -> ConfigError:
+    return ConfigError(
+        f"No tokenizer could be loaded from {str(path)!r}: {cause.rstrip('.')}. Set "
+        f"`tokenizer_path`, or pass skip_tokenizer_init=True and work with `input_ids`."
+    )
+
+
+@contextlib.contextmanager
+def _no_advice() -> Iterator[None]:
+    """Drops what transformers logs on import where there is no torch."""
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return "PyTorch" not in record.getMessage()
+
+    logger = logging.getLogger("transformers")
+    logger.addFilter(is_wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_wanted)

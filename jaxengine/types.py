@@ -1,0 +1,118 @@
+"""Values that cross room borders, and the dimension key. Knows nothing of jax.
+
+Dimension key (shapes in annotations and name suffixes):
+    B sequences in the step · T packed tokens · R rows of a prefill · P pages per sequence
+    N query heads · K kv heads · H head dim · D model · F ffn · V vocab · L layers
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+MAX_STOP_TOKEN_IDS = 64
+"""Most token ids that may end one request, EOS ids included."""
+
+NULL_PAGE = 0
+"""Page 0 is never handed out: dead and padded rows write there, and its content is garbage."""
+
+
+class Param(NamedTuple):
+    """A per-request value a transform needs; it becomes a sampling-parameter key.
+
+    Attributes:
+      dtype: "float32" or "int32".
+      default: Value of requests that do not set it.
+      check: Returns an error clause ("must be in (0, 1]") for a bad value, else None.
+      shape: Shape of the value; () for a scalar.
+      pad: Fills the places of `shape` that a ragged value leaves empty.
+      encode: `encode(value, tokenizer) -> array` of at most `shape`, for textual or ragged values.
+    """
+
+    dtype: Literal["float32", "int32"]
+    default: Any
+    check: Callable[[Any], str | None] = lambda _: None
+    shape: tuple[int, ...] = ()
+    pad: float = 0
+    encode: Callable[[Any, Any], np.ndarray] | None = None
+
+
+class StopReason(NamedTuple):
+    """Why a sequence ended.
+
+    Attributes:
+      type: "stop", "length" or "abort".
+      matched: Token id or stop string, for "stop".
+      length: Effective `max_new_tokens`, for "length".
+      message: For "abort".
+    """
+
+    type: Literal["stop", "length", "abort"]
+    matched: int | str | None = None
+    length: int | None = None
+    message: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """SGLang's `finish_reason` dict."""
+        match self.type:
+            case "stop":
+                return {"type": "stop", "matched": self.matched}
+            case "length":
+                return {"type": "length", "length": self.length}
+            case "abort":
+                message = self.message or "Aborted"
+                return {"type": "abort", "message": message, "status_code": None, "err_type": None}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SequenceRequest:
+    """One sample of one prompt, as the engine core sees it: tokens, not text.
+
+    Attributes:
+      seq_id: Unique in the engine.
+      rid: The request's public id, for messages.
+      prompt_ids: Token ids, at least one.
+      max_new_tokens: Limit on generated tokens, already clipped to the context and the pool.
+      min_new_tokens: Stop tokens are masked until this many tokens were generated.
+      stop_token_ids: Ids that end the sequence, EOS included.
+      ignore_eos: No token ends the sequence, only its length.
+      seed: Effective seed, in [0, 2**63).
+      values: Sampler parameters by name, checked and encoded.
+      is_streaming: Someone reads tokens as they come, so windows stay short.
+      wants_logprobs: Tokens carry their logprob.
+    """
+
+    seq_id: int
+    rid: str
+    prompt_ids: np.ndarray
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int = 0
+    values: Mapping[str, Any] = field(default_factory=dict)
+    is_streaming: bool = False
+    wants_logprobs: bool = False
+
+
+class SequenceUpdate(NamedTuple):
+    """What one commit brought for one sequence.
+
+    Attributes:
+      seq_id: Which sequence.
+      token_ids: New tokens, in order; the stop token is included.
+      logprobs: One per token when asked for, else empty.
+      finish: Set on the last update of a sequence.
+      error: Set instead of `finish` when the sequence failed.
+      cached_tokens: Prompt tokens that were not computed, set on the last update.
+      num_retractions: How often the sequence was preempted, set on the last update.
+    """
+
+    seq_id: int
+    token_ids: list[int]
+    logprobs: Sequence[float] = ()
+    finish: StopReason | None = None
+    error: Exception | None = None
+    cached_tokens: int = 0
+    num_retractions: int = 0

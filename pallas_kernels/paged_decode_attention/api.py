@@ -1,0 +1,58 @@
+"""Attention of one query token per row over a paged KV cache: the op that callers use."""
+
+import functools
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch, paging
+from pallas_kernels.paged_decode_attention import reference, triton
+
+IMPLEMENTATIONS = {
+    "reference": reference.paged_decode_attention,
+    "triton": triton.paged_decode_attention,
+    "triton_interpret": functools.partial(triton.paged_decode_attention, interpret=True),
+}
+
+
+def paged_decode_attention(
+    q: Float[Array, "B N H"],
+    kv_pages: Float[Array, "pages 2 K page_size H"],
+    page_table: Int[Array, "B P"],
+    kv_lens: Int[Array, " B"],
+    *,
+    scale: float,
+    implementation: dispatch.Implementation | None = None,
+) -> Float[Array, "B N H"]:
+    """Attends each row's query token to the first `kv_lens` tokens of its pages.
+
+    Accumulates in float32 and returns `q`'s dtype; float32 inputs are multiplied as float32.
+
+    Args:
+      q: One query token per row, after RoPE. Query heads that share a kv head are adjacent.
+      kv_pages: The cache of one layer; see `paging`. What lies past a row's length is not read
+        into the result, whatever it holds.
+      page_table: Page ids in the order of positions; entries past the row's length must be
+        valid ids (0 is usual). It may be wide: Triton does no work for what a row does not use.
+      kv_lens: Tokens of each row, the current one included, at most `P * page_size`. A row of
+        length 0 costs nothing and gives zeros.
+      scale: Multiplies the scores, in float32; above 0.
+      implementation: "reference", "triton" or "triton_interpret"; None takes the best one for
+        the current backend.
+
+    Raises:
+      ValueError: Shapes or dtypes do not fit together.
+      NotImplementedError: The implementation that was asked for cannot serve these shapes.
+    """
+    paging.check_query_and_cache(q, kv_pages, scale)
+    paging.check_int32("page_table", page_table, (q.shape[0], None))
+    paging.check_int32("kv_lens", kv_lens, (q.shape[0],))
+    return dispatch.call(
+        "paged_decode_attention",
+        IMPLEMENTATIONS,
+        implementation,
+        q,
+        kv_pages,
+        page_table,
+        kv_lens,
+        scale=scale,
+    )

@@ -1,0 +1,39 @@
+"""What the Pallas Triton kernels share: their limits, and arithmetic plain jnp lowers badly."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as pltriton
+
+MIN_DOT_ROWS = 16
+"""The fewest rows of a matrix product that Triton accepts."""
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Raises NotImplementedError where the head dimension does not fit Triton's tiles."""
+    if head_dim not in (16, 32, 64, 128, 256):
+        raise NotImplementedError(f"head_dim {head_dim} is not a power of two from 16 to 256")
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Matrix product accumulated in float32; float32 operands are not rounded to tf32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def exp2_scaled(x: jax.Array, shift: jax.Array, *, scale: float, interpret: bool) -> jax.Array:
+    """Returns `2 ** (x * scale - shift)` in float32.
+
+    The compiler keeps products and sums apart and guards exp2 against denormals: six instructions
+    where two do, in the loop that is bound by them.
+    """
+    if interpret:
+        return jnp.exp2(x * scale - shift)
+    shift = jnp.broadcast_to(shift, x.shape)
+    (out,) = pltriton.elementwise_inline_asm(
+        "{ .reg .f32 t; fma.rn.f32 t, $1, $2, $3; ex2.approx.ftz.f32 $0, t; }",
+        args=[x, jnp.full(x.shape, scale, jnp.float32), -shift],
+        constraints="=f,f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return out

@@ -1,0 +1,36 @@
+"""Set-up of the whole test run: device, shape checks at run time, and which markers apply."""
+
+import importlib
+import os
+from importlib.util import find_spec
+
+import pytest
+
+
+def asks_for(config: pytest.Config, marker: str) -> bool:
+    """Whether the `-m` expression selects tests with this marker."""
+    expression = str(config.getoption("markexpr"))
+    return marker in expression and f"not {marker}" not in expression
+
+
+def pytest_configure(config: pytest.Config):
+    # Before jax is first imported; only a run that asks for it (`-m gpu`) touches a GPU.
+    if not asks_for(config, "gpu"):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    # Nothing here may reach a model hub, but for the tests that say so.
+    if not asks_for(config, "network"):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if find_spec("beartype"):
+        from jaxtyping import install_import_hook
+
+        importlib.import_module("tests.shapes")  # the hook itself imports `tests` only
+        install_import_hook(["jaxengine", "pallas_kernels"], "tests.shapes.check_types")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    if find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda13"):
+        return
+    skip = pytest.mark.skip(reason="needs the CUDA plugin of jax: see .ci/run")
+    for item in items:
+        if item.get_closest_marker("deviceless"):
+            item.add_marker(skip)

@@ -1,0 +1,108 @@
+"""What XLA makes of the real prefill and decode steps for an H200, on a machine without one."""
+
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxengine.config import ModelConfig
+from jaxengine.models import MODELS
+from jaxengine.models.family import BoundModel
+from jaxengine.nn.attention import ForwardContext
+from jaxengine.runtime import weights
+from jaxengine.runtime.decode_loop import Steps
+from jaxengine.runtime.runner import abstract_state, program_specs
+from jaxengine.runtime.sharding import make_mesh
+from jaxengine.runtime.slots import SlotLayout
+from jaxengine.sampling import default_sampler
+from jaxengine.scheduler.buckets import Buckets
+from tests import deviceless
+
+pytestmark = [pytest.mark.deviceless, pytest.mark.timeout(400)]
+
+NUM_LAYERS = 3
+NUM_PAGES = 4096
+PAGES_PER_SEQUENCE = 2048
+MIB = 1 << 20
+# Qwen2.5-0.5B, but for its depth: layers are unrolled and alike.
+CONFIG = ModelConfig(
+    architecture="Qwen2ForCausalLM",
+    vocab_size=151936,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_layers=NUM_LAYERS,
+    num_heads=14,
+    num_kv_heads=2,
+    head_dim=64,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    tie_word_embeddings=True,
+    max_position_embeddings=16 * PAGES_PER_SEQUENCE,
+)
+
+
+@functools.cache
+def compiled(kind: str, size: int, dump: Path) -> jax.stages.Compiled:
+    mesh = make_mesh(list(deviceless.mesh().devices.flat))
+    sampler = default_sampler()
+    model = BoundModel(MODELS[CONFIG.architecture], CONFIG, jnp.dtype(jnp.bfloat16))
+    buckets = Buckets(
+        decode_rows=(size,),
+        prefill_tokens=(size,),
+        num_pages=(PAGES_PER_SEQUENCE,),
+        num_slots=64,
+        page_size=16,
+        max_window_steps=32,
+    )
+    steps = Steps(
+        model=model,
+        sampler=sampler,
+        layout=SlotLayout(sampler.params, PAGES_PER_SEQUENCE),
+        buckets=buckets,
+        ctx=ForwardContext(mesh=mesh, kernels="triton"),
+    )
+    state = abstract_state(steps, mesh, NUM_PAGES, jnp.dtype(jnp.bfloat16))
+    spec = program_specs(steps, weights.place(model, mesh), state, mesh)[
+        kind, size, PAGES_PER_SEQUENCE
+    ]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = spec.lower()
+    return lowered.compile({**spec.options, "xla_dump_to": str(dump)})
+
+
+@pytest.fixture(scope="module", params=[("decode", 64), ("prefill", 1024)], ids=lambda p: p[0])
+def step(request, tmp_path_factory):
+    dump = tmp_path_factory.mktemp(request.param[0])
+    return request.param, compiled(*request.param, dump), dump
+
+
+def test_kv_cache_is_aliased_and_nothing_large_is_copied(step):
+    _, program, _ = step
+    kv_bytes = NUM_LAYERS * NUM_PAGES * 2 * 2 * 16 * 64 * 2
+    assert program.memory_analysis().alias_size_in_bytes >= kv_bytes
+    assert deviceless.large_copies(program, min_elements=MIB // 4) == []
+
+
+def test_every_layer_calls_the_kernel_and_none_gathers_a_sequence(step):
+    (kind, size), program, _ = step
+    text = program.as_text()
+    calls = re.findall(r'custom_call_target="__gpu\$xla.gpu.triton"', text)
+    kernels_per_layer = {"decode": (1, 2), "prefill": (1, 1)}[kind]
+    assert len(calls) in [NUM_LAYERS * n for n in kernels_per_layer]
+    gathered = re.findall(r"bf16\[([\d,]+)\]\S* gather\(", text)
+    longest = max((eval(shape.replace(",", "*")) for shape in gathered), default=0)
+    assert longest <= size * CONFIG.hidden_size, "more than the embeddings was gathered"
+
+
+def test_a_decode_window_is_one_command_buffer(step):
+    (kind, _), _, dump = step
+    if kind != "decode":
+        pytest.skip("a prefill has no loop")
+    (thunks,) = dump.glob("*thunk_sequence_after_thunk_passes.txt")
+    lines = thunks.read_text().splitlines()
+    outermost = [line for line in lines if re.match(r"\d+: ", line)]
+    assert len(outermost) == 1 and "kCommandBuffer" in outermost[0]
+    assert any("kWhile" in line for line in lines)

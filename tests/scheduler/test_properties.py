@@ -1,0 +1,205 @@
+"""Random traces: every request ends exactly once, with the tokens it gets when it is alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jaxtyping
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxengine.log import logger
+from jaxengine.scheduler.buckets import Buckets
+from jaxengine.types import SequenceRequest
+from tests.fake_runner import NAN_TOKEN, VOCAB_SIZE, Fault, make_request
+from tests.scheduler.driver import Driver
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_and_quiet() -> Iterator[None]:
+    """The unit tests check types; here that would take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        patch.setattr(logger, "disabled", True)
+        yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """A request on its way through the engine.
+
+    Attributes:
+      wait: Steps after the one before it came.
+      prompt_len: Tokens of the prompt.
+      max_new_tokens: Its limit.
+      abort_after: Steps after it came; None to let it end.
+      nan_at: Output token that is NaN.
+      stop_token_ids: Each is drawn about every 64 tokens.
+      min_new_tokens: Its lower limit.
+      seed: Of its tokens.
+      is_streaming: Someone reads along.
+      wants_logprobs: As it says.
+      ignore_eos: As it says.
+    """
+
+    wait: int
+    prompt_len: int
+    max_new_tokens: int
+    abort_after: int | None
+    nan_at: int | None
+    stop_token_ids: frozenset[int]
+    min_new_tokens: int
+    seed: int
+    is_streaming: bool
+    wants_logprobs: bool
+    ignore_eos: bool
+
+    def request(self, seq_id: int) -> SequenceRequest:
+        return make_request(
+            seq_id,
+            self.prompt_len,
+            self.max_new_tokens,
+            script={} if self.nan_at is None else {self.nan_at: NAN_TOKEN},
+            stop_token_ids=tuple(self.stop_token_ids),
+            seed=self.seed,
+            min_new_tokens=min(self.min_new_tokens, self.max_new_tokens),
+            ignore_eos=self.ignore_eos,
+            is_streaming=self.is_streaming,
+            wants_logprobs=self.wants_logprobs,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Visits, and the engine they come to.
+
+    Attributes:
+      visits: In order.
+      page_size: Tokens a page.
+      spare_pages: Pages beyond what the largest request takes.
+      num_slots: Sequences that may run at once.
+      prefill_tokens: Buckets of packed tokens; small ones cut prompts into many chunks.
+      max_window_steps: Longest window.
+      ready: Bits that say which programs are compiled.
+      is_eager: See `FakeRunner`.
+      faults: See `FakeRunner`.
+    """
+
+    visits: list[Visit]
+    page_size: int
+    spare_pages: int
+    num_slots: int
+    prefill_tokens: tuple[int, ...]
+    max_window_steps: int
+    ready: int
+    is_eager: bool
+    faults: dict[int, Fault]
+
+    def driver(self) -> Driver:
+        longest = max(v.prompt_len + max(1, v.max_new_tokens) for v in self.visits)
+        most = -(-longest // self.page_size)
+        buckets = Buckets(
+            decode_rows=tuple(sorted({1, -(-self.num_slots // 2), self.num_slots})),
+            prefill_tokens=self.prefill_tokens,
+            num_pages=tuple(sorted({-(-most // 3), most})),
+            num_slots=self.num_slots,
+            page_size=self.page_size,
+            max_window_steps=self.max_window_steps,
+        )
+        return Driver(
+            buckets,
+            1 + most + self.spare_pages,
+            faults=self.faults,
+            is_eager=self.is_eager,
+            is_ready=lambda key: bool(self.ready >> (sum(key[1:]) % 8) & 1),
+        )
+
+
+def traces(faults: st.SearchStrategy[dict[int, Fault]]) -> st.SearchStrategy[Trace]:
+    visits = st.builds(
+        Visit,
+        wait=st.sampled_from([0, 0, 0, 1, 2, 9]),
+        prompt_len=st.integers(1, 6) | st.integers(1, 50),
+        max_new_tokens=st.integers(0, 6) | st.integers(10, 60),
+        abort_after=st.sampled_from([None] * 7 + [0, 2, 5, 9, 20]),
+        nan_at=st.sampled_from([None] * 15 + [0, 5, 20]),
+        stop_token_ids=st.frozensets(st.integers(0, VOCAB_SIZE - 1), max_size=2),
+        min_new_tokens=st.integers(0, 9),
+        seed=st.integers(0, 99),
+        is_streaming=st.booleans(),
+        wants_logprobs=st.booleans(),
+        ignore_eos=st.booleans(),
+    )
+    return st.builds(
+        Trace,
+        visits=st.lists(visits, min_size=1, max_size=5) | st.lists(visits, min_size=6, max_size=12),
+        page_size=st.sampled_from([1, 2, 4, 16]),
+        spare_pages=st.sampled_from([0, 0, 1, 3, 10, 200]),
+        num_slots=st.sampled_from([1, 2, 3, 6, 9]),
+        prefill_tokens=st.sampled_from([(1,), (3,), (8, 16), (4, 32, 128)]),
+        max_window_steps=st.sampled_from([1, 2, 9, 32]),
+        ready=st.just(255) | st.integers(0, 255),
+        is_eager=st.booleans(),
+        faults=faults,
+    )
+
+
+def run_trace(trace: Trace) -> Driver:
+    driver = trace.driver()
+    arrivals, aborts, now = {}, {}, 0
+    for seq_id, visit in enumerate(trace.visits):
+        now += visit.wait
+        arrivals.setdefault(now, []).append(visit.request(seq_id))
+        if visit.abort_after is not None:
+            aborts.setdefault(now + visit.abort_after, []).append(seq_id)
+    for step in range(max([*arrivals, *aborts]) + 1):
+        driver.add(*arrivals.get(step, []))
+        for seq_id in aborts.get(step, []):
+            driver.abort(seq_id)
+        driver.step()
+    # Far above the worst seen: every token in a window of its own, and each step read apart.
+    work = sum(v.prompt_len + v.max_new_tokens for v in trace.visits)
+    driver.run(max_steps=100 + 10 * work)
+    return driver
+
+
+SLOW = [HealthCheck.data_too_large, HealthCheck.too_slow]
+NORMAL = settings(max_examples=200, deadline=None, suppress_health_check=SLOW)
+NIGHTLY = settings(NORMAL, max_examples=5_000)
+NO_FAULTS = traces(st.just({}))
+FAULTS = traces(
+    st.dictionaries(
+        st.integers(0, 12) | st.integers(0, 80),
+        st.sampled_from(["dispatch", "result"]),
+        min_size=1,
+        max_size=4,
+    )
+)
+
+
+@NORMAL
+@given(NO_FAULTS)
+def test_every_request_ends_as_if_alone(trace: Trace):
+    run_trace(trace)
+
+
+@NORMAL
+@given(FAULTS)
+def test_failed_steps_fail_their_own_sequences_only(trace: Trace):
+    run_trace(trace)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@NIGHTLY
+@given(NO_FAULTS)
+def test_every_request_ends_as_if_alone_5000_times(trace: Trace):
+    run_trace(trace)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@NIGHTLY
+@given(FAULTS)
+def test_failed_steps_fail_their_own_sequences_only_5000_times(trace: Trace):
+    run_trace(trace)

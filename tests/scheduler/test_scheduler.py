@@ -1,0 +1,228 @@
+"""What is planned when: chunks, packing, window lengths, turns, shapes, pages."""
+
+import numpy as np
+import pytest
+
+from jaxengine.scheduler.page_pool import PagePool
+from jaxengine.scheduler.plan import DecodePlan, PrefillPlan
+from jaxengine.scheduler.scheduler import MAX_PREFILLS_IN_A_ROW, STREAM_WINDOW_STEPS, Scheduler
+from tests.fake_runner import make_request
+from tests.scheduler.driver import Driver, make_buckets
+
+
+def prefills(driver: Driver) -> list[PrefillPlan]:
+    return [plan for plan in driver.runner.plans if isinstance(plan, PrefillPlan)]
+
+
+def windows(driver: Driver) -> list[DecodePlan]:
+    return [plan for plan in driver.runner.plans if isinstance(plan, DecodePlan)]
+
+
+def kinds(driver: Driver) -> str:
+    """The plans so far, a letter each: p or d."""
+    return "".join("p" if isinstance(plan, PrefillPlan) else "d" for plan in driver.runner.plans)
+
+
+# Prefill
+
+
+def test_long_prompt_is_cut_into_chunks_and_draws_once():
+    driver = Driver(make_buckets(prefill_tokens=(4, 16)))
+    driver.add(make_request(0, 50, 1))
+    driver.run()
+    rows = [row for plan in prefills(driver) for row in plan.rows]
+    assert [len(row.token_ids) for row in rows] == [16, 16, 16, 2]
+    assert [row.start for row in rows] == [0, 16, 32, 48]
+    assert [row.draws for row in rows] == [False, False, False, True]
+    assert [plan.num_tokens for plan in prefills(driver)] == [16, 16, 16, 4]
+    assert [len(plan.new_rows) for plan in prefills(driver)] == [1, 0, 0, 0]
+    assert driver.scheduler.stats.num_prefill_tokens == 50
+    assert driver.scheduler.stats.num_prefill_padding == 2
+
+
+def test_prompts_are_packed_and_the_rest_of_one_comes_before_the_next():
+    driver = Driver(make_buckets(prefill_tokens=(16,)))
+    driver.add(*(make_request(i, 6, 1) for i in range(4)))
+    driver.run()
+    packed = [[(row.seq_id, len(row.token_ids)) for row in p.rows] for p in prefills(driver)]
+    assert packed == [[(0, 6), (1, 6), (2, 4)], [(2, 2), (3, 6)]]
+
+
+def test_many_small_prompts_take_a_bucket_with_enough_rows():
+    buckets = make_buckets(num_slots=16, prefill_tokens=(64, 512))
+    driver = Driver(buckets)
+    driver.add(*(make_request(i, 1, 1) for i in range(12)))
+    driver.run()
+    # 12 tokens would fit 64, but a prefill of 64 has 8 rows.
+    (plan,) = prefills(driver)
+    assert plan.num_tokens == 512 and len(plan.rows) == 12
+
+
+def test_prefill_takes_no_more_rows_than_its_program_has():
+    driver = Driver(make_buckets(num_slots=16, prefill_tokens=(64,)))
+    driver.add(*(make_request(i, 1, 1) for i in range(12)))
+    driver.run()
+    assert [len(plan.rows) for plan in prefills(driver)] == [8, 4]
+
+
+def test_prompts_do_not_stall_a_stream():
+    driver = Driver(make_buckets(prefill_tokens=(16,)))
+    driver.add(make_request(0, 4, 200, is_streaming=True))
+    for _ in range(3):
+        driver.step()
+    driver.add(*(make_request(i, 60, 1) for i in range(1, 5)))
+    driver.run()
+    assert "pp" not in kinds(driver)
+
+
+def test_prompts_come_first_when_nobody_streams():
+    driver = Driver(make_buckets(prefill_tokens=(16,)))
+    driver.add(make_request(0, 4, 200))
+    for _ in range(3):
+        driver.step()
+    before = len(driver.runner.plans)
+    driver.add(make_request(1, 60, 1))
+    driver.run()
+    assert kinds(driver)[before:].startswith("pppp")
+
+
+def test_prompts_that_never_cease_starve_nobody():
+    driver = Driver(make_buckets())
+    driver.add(make_request(0, 4, 200))
+    for seq_id in range(1, 200):
+        if 0 in driver.endings:
+            break
+        driver.add(make_request(seq_id, 60, 1))
+        driver.step()
+    in_a_row = [len(row) for row in kinds(driver).split("d")]
+    assert len(driver.tokens[0]) == 200 and max(in_a_row) == MAX_PREFILLS_IN_A_ROW
+    driver.run()
+
+
+# Windows
+
+
+@pytest.mark.parametrize("max_new_tokens", [2, 8, 9, 17, 30, 128])
+@pytest.mark.parametrize("is_streaming", [False, True])
+def test_window_is_never_longer_than_what_is_left(max_new_tokens: int, is_streaming: bool):
+    driver = Driver(make_buckets())
+    driver.add(make_request(0, 3, max_new_tokens, is_streaming=is_streaming))
+    driver.run()
+    steps = [plan.num_steps for plan in windows(driver)]
+    assert sum(steps) == max_new_tokens - 1
+    if is_streaming:
+        assert max(steps) < 2 * STREAM_WINDOW_STEPS
+        assert min(steps) >= min(STREAM_WINDOW_STEPS, max_new_tokens - 1)
+    else:
+        assert steps[:-1] == [32] * (len(steps) - 1)
+
+
+def test_window_is_short_while_someone_streams_or_waits_for_a_slot():
+    driver = Driver(make_buckets(num_slots=2))
+    driver.add(make_request(0, 3, 120), make_request(1, 3, 21))
+    driver.step()
+    driver.add(make_request(2, 3, 5))
+    driver.step()
+    # The next slot is free after 20 more tokens: the window ends there.
+    assert windows(driver)[-1].num_steps == 20
+    driver.run()
+    streamed = Driver(make_buckets())
+    streamed.add(make_request(0, 3, 120), make_request(1, 3, 120, is_streaming=True))
+    streamed.run()
+    assert max(plan.num_steps for plan in windows(streamed)) < 2 * STREAM_WINDOW_STEPS
+
+
+def test_window_shrinks_before_anyone_is_preempted():
+    # 6 pages of 4; the two prompts take 2 each, and each row may grow by one page.
+    driver = Driver(make_buckets(), num_pages=7)
+    driver.add(make_request(0, 5, 8), make_request(1, 5, 8))
+    driver.run()
+    assert driver.scheduler.stats.num_retractions == 0
+    assert [plan.num_steps for plan in windows(driver)] == [7]
+    tight = Driver(make_buckets(max_window_steps=6), num_pages=9)
+    tight.add(make_request(0, 5, 20), make_request(1, 5, 20))
+    tight.run()
+    steps = [plan.num_steps for plan in windows(tight)]
+    assert min(steps) < 6 and tight.scheduler.stats.num_retractions == 1
+
+
+# Pages, slots, shapes
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "max_new_tokens", "num_pages"), [(4, 1, 1), (5, 1, 2), (4, 2, 2), (3, 2, 1)]
+)
+def test_the_last_token_takes_no_page(prompt_len: int, max_new_tokens: int, num_pages: int):
+    driver = Driver(make_buckets())
+    driver.add(make_request(0, prompt_len, max_new_tokens))
+    driver.run()
+    writes = [write for plan in driver.runner.plans for write in plan.page_writes]
+    assert len(writes) == num_pages
+
+
+def test_more_requests_than_slots_run_in_order():
+    driver = Driver(make_buckets(num_slots=3))
+    driver.add(*(make_request(i, 5, 10) for i in range(20)))
+    driver.run()
+    started = [row.request.seq_id for plan in prefills(driver) for row in plan.new_rows]
+    assert started == list(range(20)) == driver.finish_order
+
+
+def test_head_of_the_queue_is_not_overtaken():
+    driver = Driver(make_buckets(), num_pages=11)
+    driver.add(make_request(0, 20, 10), make_request(1, 30, 5), make_request(2, 1, 1))
+    driver.run()
+    started = [row.request.seq_id for plan in prefills(driver) for row in plan.new_rows]
+    assert started == [0, 1, 2]
+
+
+def test_compiled_shape_is_preferred_to_a_smaller_one():
+    ready = {("prefill", 64, 64), ("decode", 8, 64)}
+    driver = Driver(make_buckets(pages_per_sequence=64), is_ready=lambda key: key in ready)
+    driver.add(make_request(0, 3, 5))
+    driver.run()
+    assert {(p.num_tokens, p.num_pages) for p in prefills(driver)} == {(64, 64)}
+    assert {(p.num_rows, p.num_pages) for p in windows(driver)} == {(8, 64)}
+
+
+def test_smallest_shape_is_waited_for_when_none_is_compiled():
+    driver = Driver(make_buckets(pages_per_sequence=64), is_ready=lambda key: False)
+    driver.add(make_request(0, 3, 5))
+    driver.run()
+    assert {(p.num_tokens, p.num_pages) for p in prefills(driver)} == {(16, 16)}
+    assert {(p.num_rows, p.num_pages) for p in windows(driver)} == {(1, 16)}
+
+
+def test_preempted_sequence_waits_for_its_tokens_in_flight():
+    # The window of 32 takes the last of 12 pages: 3 for the first request, which ends in it, and
+    # 9 for the second. One more is needed, so the second loses all while 32 tokens are unread.
+    driver = Driver(make_buckets(), num_pages=13)
+    driver.add(make_request(0, 4, 9), make_request(1, 4, 40))
+    driver.run()
+    assert kinds(driver) == "pdpd"
+    first, again = (plan.new_rows[-1] for plan in prefills(driver))
+    assert first.output_ids == () and len(again.output_ids) == 33
+    assert again.slot == first.slot
+    # All but the last known token are computed anew, and none is drawn.
+    (row,) = prefills(driver)[1].rows
+    assert len(row.token_ids) == 4 + 33 - 1 and not row.draws
+
+
+def test_prefill_tokens_after_preemption_leave_out_the_last():
+    scheduler = Scheduler(make_buckets(), PagePool(100))
+    scheduler.add(make_request(0, 4, 9))
+    sequence = scheduler._sequences[0]
+    assert sequence.prefill_len == 4
+    sequence.output_ids = [7, 8, 9]
+    assert sequence.prefill_len == 6
+    assert sequence.prefill_tokens(2, 4).tolist() == [*sequence.request.prompt_ids[2:], 7, 8]
+    assert sequence.prefill_tokens(2, 4).dtype == np.int32
+
+
+def test_integrity_check_finds_a_lost_slot():
+    driver = Driver(make_buckets())
+    driver.add(make_request(0, 4, 9))
+    driver.step()
+    driver.scheduler._free_slots.pop()
+    with pytest.raises(AssertionError, match="slots"):
+        driver.scheduler.check_integrity()
