@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -132,8 +133,10 @@ def test_failed_device_step_fails_its_requests_and_no_others(
     runner = engine._core._runner
     dispatch = runner.dispatch
     failed: list[int] = []
+    all_are_queued = threading.Event()
 
     def fail_once(plan: Any) -> Any:
+        assert all_are_queued.wait(60)
         handle = dispatch(plan)
         if isinstance(plan, DecodePlan) and len(plan.rows) == 4 and not failed:
             failed.extend(plan.seq_ids)
@@ -145,7 +148,10 @@ def test_failed_device_step_fails_its_requests_and_no_others(
 
     async def run() -> list[Any]:
         calls = [engine.async_generate(input_ids=p, sampling_params=GREEDY) for p in prompts]
-        return await asyncio.gather(*calls, return_exceptions=True)
+        tasks = [asyncio.create_task(call) for call in calls]
+        await asyncio.sleep(0)  # each runs up to its first wait, which is after it was queued
+        all_are_queued.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
 
     outputs = asyncio.run(run())
     assert len(failed) == 4
