@@ -52,7 +52,8 @@ class SequenceOutput:
             return True
         num_before = len(self._ids)
         self._ids += update.token_ids
-        self._logprobs += update.logprobs
+        if self._request.wants_logprobs and update.token_ids:
+            self._logprobs += update.leaves["logprob"].tolist()
         self._undecoded += update.token_ids
         finish = self._read_text(update.finish)
         if finish is None and not (self._request.is_streaming and update.token_ids):

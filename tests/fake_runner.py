@@ -309,7 +309,7 @@ class FakeRunner:
     def _result(self, slots: list[FakeSlot], token_ids: np.ndarray) -> StepResult:
         wants = np.asarray([slot.request.wants_logprobs for slot in slots], bool)[:, None]
         logprobs = np.where(wants & (token_ids >= 0), logprob_of(token_ids), 0)
-        return StepResult(token_ids, logprobs.astype(np.float32))
+        return StepResult(token_ids, {"logprob": logprobs.astype(np.float32)})
 
 
 def check_shapes(plan: StepPlan, buckets: Buckets) -> None:

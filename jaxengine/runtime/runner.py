@@ -113,7 +113,7 @@ class StepHandle:
         rows = slice(len(self.plan.rows))
         return StepResult(
             token_ids.reshape(-1, self._num_steps)[rows],
-            logprobs.view(np.float32).reshape(-1, self._num_steps)[rows],
+            {"logprob": logprobs.view(np.float32).reshape(-1, self._num_steps)[rows]},
         )
 
 

@@ -5,12 +5,12 @@ can be given away at once: whatever is still in flight reads and writes them bef
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from jaxengine.errors import NaNLogitsError
+from jaxengine.errors import NaNLogitsError, SamplerError
 from jaxengine.scheduler.buckets import Buckets
 from jaxengine.scheduler.page_pool import PagePool
 from jaxengine.scheduler.plan import (
@@ -24,7 +24,7 @@ from jaxengine.scheduler.plan import (
     StepResult,
 )
 from jaxengine.scheduler.sequence import Sequence, Status
-from jaxengine.types import SequenceRequest, SequenceUpdate, StopReason
+from jaxengine.types import DRAW_ERRORS, SequenceRequest, SequenceUpdate, StopReason
 
 STREAM_WINDOW_STEPS = 8
 """Window length while someone reads tokens as they come, or waits for a slot."""
@@ -122,7 +122,8 @@ class Scheduler:
                 self.stats.num_masked_rows += 1
                 continue
             sequence.num_in_flight -= 1
-            update = self._take(sequence, result.token_ids[row], result.logprobs[row])
+            leaves = {name: leaf[row] for name, leaf in result.leaves.items()}
+            update = self._take(sequence, result.token_ids[row], leaves)
             if update is not None:
                 updates.append(update)
         return updates
@@ -136,7 +137,7 @@ class Scheduler:
         for seq_id in plan.seq_ids:
             sequence = self.finish(seq_id)
             if sequence is not None:
-                updates.append(self._final(sequence, [], [], error=error))
+                updates.append(self._final(sequence, [], {}, error=error))
         for sequence in self._sequences.values():
             sequence.num_in_flight = 0
         for sequence in reversed(self._running[:]):
@@ -346,7 +347,7 @@ class Scheduler:
         self.stats.num_finished += 1
 
     def _take(
-        self, sequence: Sequence, token_ids: np.ndarray, logprobs: np.ndarray
+        self, sequence: Sequence, token_ids: np.ndarray, leaves: Mapping[str, np.ndarray]
     ) -> SequenceUpdate | None:
         request = sequence.request
         new: list[int] = []
@@ -355,10 +356,8 @@ class Scheduler:
             if token == -1:
                 break
             if token < 0:
-                error = NaNLogitsError(
-                    f"Request {request.rid}: the model gave NaN logits after "
-                    f"{len(sequence.output_ids) + len(new)} tokens; check its weights and dtype."
-                )
+                num_before = len(sequence.output_ids) + len(new)
+                error = _draw_error(token, request.rid, num_before)
                 break
             if request.max_new_tokens > 0:  # a limit of 0 computes the prompt alone
                 new.append(token)
@@ -368,9 +367,8 @@ class Scheduler:
             if token in request.stop_token_ids and not request.ignore_eos:
                 finish = StopReason("stop", matched=token)
                 break
-        kept = [float(x) for x in logprobs[: len(new)]] if request.wants_logprobs else []
+        kept = {name: leaf[: len(new)] for name, leaf in leaves.items()}
         sequence.output_ids += new
-        sequence.logprobs += kept
         self.stats.num_generated_tokens += len(new)
         if finish is None and error is None:
             return SequenceUpdate(sequence.seq_id, new, kept) if new else None
@@ -381,15 +379,20 @@ class Scheduler:
     def _final(
         sequence: Sequence,
         token_ids: list[int],
-        logprobs: list[float],
+        leaves: Mapping[str, np.ndarray],
         finish: StopReason | None = None,
         error: Exception | None = None,
     ) -> SequenceUpdate:
         return SequenceUpdate(
             sequence.seq_id,
             token_ids,
-            logprobs,
-            finish,
-            error,
+            leaves,
+            finish=finish,
+            error=error,
             num_retractions=sequence.num_retractions,
         )
+
+
+def _draw_error(code: int, rid: str, num_before: int) -> Exception:
+    kind = NaNLogitsError if code == -2 else SamplerError
+    return kind(f"Request {rid}, after {num_before} tokens: {DRAW_ERRORS[code]}.")

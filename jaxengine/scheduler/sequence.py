@@ -31,7 +31,6 @@ class Sequence:
       slot: Its row on the device; kept while preempted, so that sampler state survives.
       pages: KV pages it holds.
       output_ids: Tokens the host knows.
-      logprobs: Their logprobs, when asked for.
       num_prefilled: Tokens whose prefill has been dispatched.
       num_scheduled: Upper bound of generated tokens after all steps in flight.
       num_in_flight: Steps dispatched and not yet committed.
@@ -43,7 +42,6 @@ class Sequence:
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     output_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
     num_prefilled: int = 0
     num_scheduled: int = 0
     num_in_flight: int = 0

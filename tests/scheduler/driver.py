@@ -116,8 +116,8 @@ class Driver:
         tokens += update.token_ids
         wanted = oracle(request)
         assert tokens == wanted.token_ids[: len(tokens)]
-        assert list(update.logprobs) == [
-            logprob_of(t) for t in update.token_ids if request.wants_logprobs
+        assert list(update.leaves.get("logprob", ())) == [
+            logprob_of(t) * request.wants_logprobs for t in update.token_ids
         ]
         if update.finish is None and update.error is None:
             assert update.token_ids, "an update brings nothing"
