@@ -1,7 +1,6 @@
 """Engine: the public API. Text in and out, in one process, from any thread or event loop."""
 
 import atexit
-import dataclasses
 import itertools
 import os
 import sys
@@ -22,7 +21,7 @@ from jaxengine.log import logger
 from jaxengine.outputs import SequenceOutput
 from jaxengine.params import SamplingParams, derive_seed, fresh_seed
 from jaxengine.requests import ParsedCall, PromptRequest, parse_call
-from jaxengine.sampling import Sampler, default_sampler
+from jaxengine.sampling import as_sampler, default_sampler
 from jaxengine.text.detokenizer import Detokenizer, Vocabulary
 from jaxengine.text.tokenizer import encode, eos_token_ids, load_tokenizer
 from jaxengine.types import MAX_STOP_TOKEN_IDS, SequenceRequest, SequenceUpdate, StopReason
@@ -47,7 +46,7 @@ class Engine:
         self,
         model_path: str | os.PathLike[str] = "",
         *,
-        sampler: Sampler | None = None,
+        sampler: Any = None,
         params: dict[str, Any] | None = None,
         model_config: ModelConfig | None = None,
         tokenizer: Any = None,
@@ -74,9 +73,6 @@ class Engine:
         config = EngineConfig.from_kwargs({"model_path": str(model_path), **settings})
         if (params is None) != (model_config is None):
             raise TypeError("`params` and `model_config` go together; pass both or neither.")
-        if sampler is not None:
-            # The cache's keys cover this package's source, not that of a sampler from outside.
-            config = dataclasses.replace(config, executable_cache=False)
         if "log_level" in settings:
             logger.setLevel(config.log_level.upper())
         progress = sys.stderr.isatty() if config.progress is None else config.progress
@@ -85,13 +81,14 @@ class Engine:
             folder = config.tokenizer_path or builder.resolve_folder(config)
             self.tokenizer = load_tokenizer(folder, config.trust_remote_code, config.revision)
         self._vocabulary = Vocabulary(self.tokenizer) if self.tokenizer is not None else None
-        self._sampler = sampler or default_sampler()
+        own = default_sampler() if sampler is None else as_sampler(sampler)
         built = builder.build(
-            config, self._sampler, params=params, model_config=model_config, progress=progress
+            config, own, params=params, model_config=model_config, progress=progress
         )
         self.config, self.model_config = built.config, built.model_config
         self._limits = built.limits
         self._programs, self._core, self._built_seconds = built.programs, built.core, built.seconds
+        self._samplers, self._runner = built.samplers, built.runner
         self._eos = eos_token_ids(self.tokenizer, self.model_config.eos_token_ids)
         self._seq_ids = itertools.count()
         self._rids: dict[str, list[SequenceRequest]] = {}
@@ -231,7 +228,7 @@ class Engine:
             return_logprob=return_logprob,
             rid=rid,
             others=others,
-            specs=self._sampler.params,
+            specs=self._samplers.own.steps.sampler.params,
             vocab_size=self.model_config.vocab_size,
             tokenizer=self.tokenizer,
         )

@@ -14,6 +14,9 @@ import numpy as np
 MAX_STOP_TOKEN_IDS = 64
 """Most token ids that may end one request, EOS ids included."""
 
+MAX_LOGPROB_IDS = 64
+"""Most token ids whose logprobs one request may ask for."""
+
 DRAW_ERRORS = {
     -2: "the model gave NaN logits; check its weights and dtype",
     -3: "the sampler left no token to draw, or drew one outside the vocabulary",
@@ -112,6 +115,11 @@ class SequenceRequest:
     num_top_logprobs: int = 0
     logprob_ids: tuple[int, ...] = ()
     logprob_start: int | None = None
+
+    @property
+    def wants_lists(self) -> bool:
+        """Tokens carry logprobs of others than themselves."""
+        return bool(self.num_top_logprobs or self.logprob_ids)
 
 
 class SequenceUpdate(NamedTuple):

@@ -8,27 +8,35 @@ import dataclasses
 import functools
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 type Key = tuple[Any, ...]
 
-type _Seen = dict[int, tuple[int, Any]]
+type _Seen = dict[int, tuple[Key, Any]]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, frozenset)
 _MAX_HASHED_BYTES = 1 << 20
 
 
-def structure_of(value: Any) -> Key:
+def structure_of(value: Any, arguments: Sequence[Any] = ()) -> Key:
     """A hashable key of what a value does: equal keys compile to the same program.
 
     Functions count by their code, defaults, closed-over values and, outside installed packages,
     by the globals they name; containers by their items; small numpy arrays by their content; all
     else by identity. A key holds what it identifies, so no identity is reused while it lives.
+
+    Args:
+      value: Mostly a sampler.
+      arguments: Arrays inside it that count by shape and dtype only: what is compiled takes them
+        as arguments.
     """
-    return _key(value, {})
+    seen: _Seen = {}
+    for i, array in enumerate(arguments):
+        seen[id(array)] = (("argument", i, tuple(array.shape), str(array.dtype)), array)
+    return _key(value, seen)
 
 
 def are_equal(a: Any, b: Any) -> bool:
@@ -55,7 +63,7 @@ def _key(value: Any, seen: _Seen) -> Key:
         return (type(value), repr(value))
     if id(value) in seen:  # shared, or a cycle: a function that names itself, say
         return ("seen", seen[id(value)][0])
-    seen[id(value)] = (len(seen), value)  # held, so that its id stays its own
+    seen[id(value)] = ((len(seen),), value)  # held, so that its id stays its own
     if isinstance(value, tuple | list):
         return (type(value), *(_key(item, seen) for item in value))
     if isinstance(value, Mapping):

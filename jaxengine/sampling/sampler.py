@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxengine.errors import SamplerError
 from jaxengine.sampling.builtin import standard
 from jaxengine.sampling.context import SamplingContext
 from jaxengine.sampling.draw import Draw, gumbel_max
@@ -147,11 +148,15 @@ def init_state(sampler: Sampler, ctx: SamplingContext) -> SamplerState:
     stages = sampler.stages
     stage_arrays, draw_arrays = ctx.arrays or sampler.arrays
     inside = ctx.narrowed(sampler.needs.history, stage_arrays)
+    outside = ctx.narrowed(sampler.draw.needs.history, draw_arrays)
     nothing = (None,) * len(stages)
+    num_rows = ctx.position.shape[0]
     return SamplerState(
         inside.history,
-        tuple(stage.init(c) for stage, _, c in each_stage(stages, nothing, inside)),
-        sampler.draw.init(ctx.narrowed(sampler.draw.needs.history, draw_arrays)),
+        tuple(
+            _per_row(num_rows, stage.init, c) for stage, _, c in each_stage(stages, nothing, inside)
+        ),
+        _per_row(num_rows, sampler.draw.init, outside),
     )
 
 
@@ -174,17 +179,23 @@ def sample(
       group: For a sampler that combines, the rows of each row's group, its leader first.
     """
     if sampler.combine is not None and group is not None:
-        logits = sampler.combine(logits[group], ctx)
+        logits = _like(logits, sampler.combine, logits[group], ctx)
     stage_arrays, draw_arrays = ctx.arrays or sampler.arrays
     inside = ctx.narrowed(sampler.needs.history, stage_arrays)
     outside = ctx.narrowed(sampler.draw.needs.history, draw_arrays)
+    num_rows = ctx.position.shape[0]
     every = tuple(each_stage(sampler.stages, state.stages, inside))
     always = tuple(part for part in every if part[0].is_on is None)
 
     def draw(parts: Parts, logits: Logits) -> tuple[Sample, SamplerState]:
         processed = _apply(parts, logits)
-        selected = sampler.draw.select(processed, state.draw, outside)
+        selected = _per_row(num_rows, sampler.draw.select, processed, state.draw, outside)
         token, aux = selected if isinstance(selected, tuple) else (selected, ())
+        if not jnp.issubdtype(token.dtype, jnp.integer) or token.ndim != 1:
+            raise SamplerError(
+                f"The sampler's {name_of(sampler.draw.select)} must give one integer a row, "
+                f"got {token.dtype}{list(token.shape)}."
+            )
         return finish(parts, logits, processed, token.astype(jnp.int32), aux)
 
     def draw_greedily(logits: Logits) -> tuple[Sample, SamplerState]:
@@ -204,11 +215,11 @@ def sample(
         leaves = _logprobs(wants, ctx, logits, unfiltered, processed, token)
         leaves |= {"aux": aux} if jax.tree.leaves(aux) else {}
         for name, function in sampler.capture.items():
-            leaves[f"capture/{name}"] = function(logits, drawn, outside)
+            leaves[f"capture/{name}"] = _per_row(num_rows, function, logits, drawn, outside)
         after = SamplerState(
             _push(state.history, token),
-            tuple(stage.update(s, drawn, c) for stage, s, c in every),
-            sampler.draw.update(state.draw, drawn, outside),
+            tuple(_per_row(num_rows, stage.update, s, drawn, c) for stage, s, c in every),
+            _per_row(num_rows, sampler.draw.update, state.draw, drawn, outside),
         )
         return Sample(token, leaves), after
 
@@ -233,8 +244,54 @@ type Parts = tuple[tuple[LogitsTransform, Any, SamplingContext], ...]
 
 def _apply(parts: Parts, logits: Logits) -> Logits:
     for stage, state, ctx in parts:
-        logits = stage.apply(logits, state, ctx)
+        logits = _like(logits, stage.apply, logits, state, ctx)
     return logits
+
+
+def _run(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a user's function; what goes wrong names it."""
+    try:
+        return function(*args)
+    except SamplerError:
+        raise
+    except Exception as error:
+        raise SamplerError(
+            f"The sampler's {name_of(function)} raised {type(error).__name__}: {error}"
+        ) from error
+
+
+def _like(wanted: Array | jax.ShapeDtypeStruct, function: Callable[..., Any], *args: Any) -> Array:
+    """Calls a user's function, whose result must have this shape and dtype."""
+    result = _run(function, *args)
+    shape, dtype = getattr(result, "shape", None), getattr(result, "dtype", None)
+    if shape != wanted.shape or dtype != wanted.dtype:
+        got = type(result).__name__ if shape is None else f"{dtype}{list(shape)}"
+        raise SamplerError(
+            f"The sampler's {name_of(function)} must give {wanted.dtype}{list(wanted.shape)}, "
+            f"got {got}."
+        )
+    return result
+
+
+def _per_row(num_rows: int, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a user's function, whose result must be a pytree of arrays [B, ...]."""
+    result = _run(function, *args)
+    for leaf in jax.tree.leaves(result):
+        if getattr(leaf, "shape", ())[:1] != (num_rows,):
+            got = f"shape {list(leaf.shape)}" if hasattr(leaf, "shape") else type(leaf).__name__
+            raise SamplerError(
+                f"The sampler's {name_of(function)} must give arrays with a leading axis of "
+                f"{num_rows} rows, got {got}."
+            )
+    return result
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """How messages call a function of a sampler."""
+    while isinstance(function, functools.partial):
+        function = function.args[0] if function.args else function.func
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return f"`{name.replace('.<locals>', '')}`"
 
 
 def _before_filters(parts: Parts) -> Parts:

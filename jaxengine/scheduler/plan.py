@@ -81,6 +81,11 @@ class PrefillPlan:
         """Sequences of the rows, in order."""
         return [row.seq_id for row in self.rows]
 
+    @property
+    def draws(self) -> list[bool]:
+        """Which rows draw a token."""
+        return [row.draws for row in self.rows]
+
 
 class DecodeRow(NamedTuple):
     """A running sequence and its slot.
@@ -121,6 +126,11 @@ class DecodePlan:
     def seq_ids(self) -> list[int]:
         """Sequences of the rows, in order."""
         return [row.seq_id for row in self.rows]
+
+    @property
+    def draws(self) -> list[bool]:
+        """Which rows draw a token: all."""
+        return [True] * len(self.rows)
 
 
 type StepPlan = PrefillPlan | DecodePlan
