@@ -89,6 +89,8 @@ class SequenceRequest:
       seed: Effective seed, in [0, 2**63).
       values: Sampler parameters by name, checked and encoded.
       sampler_id: Which of the engine's samplers draws.
+      sampler: That sampler itself, held so that it lives, and not looked into.
+      is_stateful: The sampler keeps something that is lost with the device state.
       companions: Prompts that are continued in lockstep with this one by the same tokens; they
         report nothing.
       is_streaming: Someone reads tokens as they come, so windows stay short.
@@ -109,6 +111,8 @@ class SequenceRequest:
     seed: int = 0
     values: Mapping[str, Any] = field(default_factory=dict)
     sampler_id: int = 0
+    sampler: Any = field(default=None, repr=False)
+    is_stateful: bool = False
     companions: tuple["SequenceRequest", ...] = ()
     is_streaming: bool = False
     wants_logprobs: bool = False
@@ -128,7 +132,7 @@ class SequenceUpdate(NamedTuple):
     Attributes:
       seq_id: Which sequence.
       token_ids: New tokens, in order; the stop token is included.
-      leaves: What else was asked for of every new token, by name: arrays [new tokens, ...].
+      leaves: What is reported of every new token, by name: arrays [new tokens, ...].
       prompt_leaves: The same of prompt tokens, in order.
       finish: Set on the last update of a sequence.
       error: Set instead of `finish` when the sequence failed.

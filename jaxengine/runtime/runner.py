@@ -257,7 +257,7 @@ class StepHandle:
             leaves = {name: leaf[: len(self.plan.rows)] for name, leaf in parts[0][1].items()}
         else:
             leaves = self._merge(parts)
-        return StepResult(leaves.pop(results.TOKEN), leaves, self._prompt_leaves())
+        return StepResult(leaves[results.TOKEN], leaves, self._prompt_leaves())
 
     def _unpack(self, part: _Drawn) -> dict[str, np.ndarray]:
         layout = part.sampler.steps.result

@@ -238,7 +238,9 @@ class Scheduler:
             sequence.status = Status.RUNNING
             sequence.num_scheduled += draws
         tokens = sequence.prefill_tokens(start, count)
-        return PrefillRow(sequence.seq_id, sequence.held_slot, tokens, start, draws)
+        return PrefillRow(
+            sequence.seq_id, sequence.held_slot, tokens, start, draws, sequence.request.sampler_id
+        )
 
     # -- decode
 
@@ -297,7 +299,7 @@ class Scheduler:
             num_rows=num_rows,
             num_pages=num_pages,
             num_steps=steps,
-            rows=[DecodeRow(row.seq_id, row.held_slot) for row in rows],
+            rows=[DecodeRow(row.seq_id, row.held_slot, row.request.sampler_id) for row in rows],
             page_writes=writes,
         )
 
