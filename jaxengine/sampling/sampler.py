@@ -23,6 +23,7 @@ from jaxengine.sampling.transforms import (
     Drawn,
     LogitsTransform,
     Needs,
+    applied,
     chain,
     each_stage,
     merge_needs,
@@ -33,27 +34,41 @@ from jaxengine.types import Param
 type Logits = Float[Array, "B V"]
 
 
+class Combine(NamedTuple):
+    """How the logits of a prompt and of its companions become one distribution.
+
+    Attributes:
+      apply: (logits f32[B, G, V], ctx) -> f32[B, V]; the prompt's own come first, and stand in for
+        companions a row lacks.
+      params: Per-request values, by name; they become sampling-parameter keys.
+    """
+
+    apply: Callable[[Float[Array, "B G V"], SamplingContext], Logits]
+    params: Mapping[str, Param] = {}
+
+
 class Sampler(NamedTuple):
     """What turns logits into tokens.
 
     Attributes:
       transform: Applied to the float32 logits, usually a `chain`.
       draw: Picks the token.
-      combine: (logits f32[B, G, V], ctx) -> f32[B, V], before the transform: for requests with
-        `companions`, the logits of a prompt (first) and of its companions.
+      combine: For requests with `companions`, a `Combine` or its bare function, before the
+        transform.
       capture: Name -> fn(logits, drawn, ctx) -> array [B, ...], reported with every token;
         `logits` are the model's (or the combined ones), `drawn.logits` what was drawn from.
     """
 
     transform: LogitsTransform
     draw: Draw = gumbel_max
-    combine: Callable[[Float[Array, "B G V"], SamplingContext], Logits] | None = None
+    combine: Combine | Callable[[Float[Array, "B G V"], SamplingContext], Logits] | None = None
     capture: Mapping[str, Callable[..., Array]] = {}
 
     @property
     def params(self) -> Mapping[str, Param]:
         """Sampling-parameter keys this sampler understands."""
-        return merge_params((self.transform, self.draw))
+        combine = () if self.combine is None else (_as_combine(self.combine),)
+        return merge_params((*combine, self.transform, self.draw))
 
     @property
     def needs(self) -> Needs:
@@ -138,6 +153,10 @@ def as_sampler(value: Any) -> Sampler:
     return Sampler(LogitsTransform(lambda logits, state, ctx: logits, params=params), value)
 
 
+def _as_combine(value: Combine | Callable[..., Logits]) -> Combine:
+    return value if isinstance(value, Combine) else Combine(value)
+
+
 def _call(function: Callable[..., Any], logits: Logits, state: Any, ctx: SamplingContext) -> Any:
     return function(logits, ctx)
 
@@ -174,7 +193,7 @@ def sample(
       group: For a sampler that combines, the rows of each row's group, its leader first.
     """
     if sampler.combine is not None and group is not None:
-        logits = sampler.combine(logits[group], ctx)
+        logits = _as_combine(sampler.combine).apply(logits[group], ctx)
     stage_arrays, draw_arrays = ctx.arrays or sampler.arrays
     inside = ctx.narrowed(sampler.needs.history, stage_arrays)
     outside = ctx.narrowed(sampler.draw.needs.history, draw_arrays)
@@ -233,7 +252,7 @@ type Parts = tuple[tuple[LogitsTransform, Any, SamplingContext], ...]
 
 def _apply(parts: Parts, logits: Logits) -> Logits:
     for stage, state, ctx in parts:
-        logits = stage.apply(logits, state, ctx)
+        logits = applied(stage, logits, state, ctx)
     return logits
 
 

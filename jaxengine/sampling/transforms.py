@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxengine.errors import SamplerError
 from jaxengine.sampling.context import SamplingContext
 from jaxengine.sampling.identity import are_equal
 from jaxengine.types import Param
@@ -90,7 +91,7 @@ def chain(*transforms: LogitsTransform) -> LogitsTransform:
 
     def apply(logits: Logits, state: State, ctx: SamplingContext) -> Logits:
         for stage, stage_state, stage_ctx in each_stage(stages, state, ctx):
-            logits = stage.apply(logits, stage_state, stage_ctx)
+            logits = applied(stage, logits, stage_state, stage_ctx)
         return logits
 
     def init(ctx: SamplingContext) -> State:
@@ -109,6 +110,38 @@ def chain(*transforms: LogitsTransform) -> LogitsTransform:
         arrays=tuple(stage.arrays for stage in stages),
         stages=stages,
     )
+
+
+def applied(stage: LogitsTransform, logits: Logits, state: State, ctx: SamplingContext) -> Logits:
+    """What one transform makes of the logits.
+
+    Raises:
+      SamplerError: If that has another shape or dtype; what the transform itself raises passes,
+        with a note of its name.
+    """
+    try:
+        changed = stage.apply(logits, state, ctx)
+    except Exception as error:
+        error.add_note(f"raised by the transform `{name_of(stage.apply)}`")
+        raise
+    if _kind(changed) != _kind(logits):
+        raise SamplerError(
+            f"The transform `{name_of(stage.apply)}` must return {_kind(logits)} as it was given, "
+            f"but returned {_kind(changed)}."
+        )
+    return changed
+
+
+def _kind(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return type(value).__name__
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What a function or its maker is called: `dry` for the `apply` that `dry()` closes over."""
+    function = getattr(function, "func", function)  # a partial
+    return getattr(function, "__qualname__", type(function).__name__).partition(".<locals>")[0]
 
 
 def each_stage(
@@ -156,6 +189,7 @@ def when(
     def update(state: State, drawn: Drawn, ctx: SamplingContext) -> State:
         return select_rows(is_on(ctx), transform.update(state, drawn, ctx), state)
 
+    apply.__qualname__ = name_of(transform.apply)
     return transform._replace(apply=apply, update=update, is_on=is_on, stages=())
 
 
@@ -168,6 +202,7 @@ def per_row(transform: LogitsTransform) -> LogitsTransform:
             axes = (*(0 for _ in others), _row_axes(ctx))
             return jax.vmap(function, in_axes=axes)(*others, ctx)
 
+        over_rows.__qualname__ = name_of(function)
         return over_rows
 
     return transform._replace(
