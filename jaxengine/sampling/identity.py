@@ -125,6 +125,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 def _is_installed(function: types.FunctionType) -> bool:
     """Functions of packages do not change while the process lives."""
-    package = (function.__module__ or "__main__").partition(".")[0]
+    # NOTE: not `__module__`, which functools.wraps copies from what is wrapped.
+    package = function.__globals__.get("__name__", "__main__").partition(".")[0]
     module = sys.modules.get(package)
     return package != "__main__" and hasattr(module, "__path__")

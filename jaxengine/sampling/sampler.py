@@ -13,6 +13,7 @@ from jaxengine.errors import SamplerError
 from jaxengine.sampling.builtin import standard
 from jaxengine.sampling.context import SamplingContext
 from jaxengine.sampling.draw import Draw, gumbel_max
+from jaxengine.sampling.guards import kind_of, like, name_of, per_row_arrays
 from jaxengine.sampling.logprobs import (
     Wants,
     listed_logprobs,
@@ -24,6 +25,7 @@ from jaxengine.sampling.transforms import (
     Drawn,
     LogitsTransform,
     Needs,
+    applied,
     chain,
     each_stage,
     merge_needs,
@@ -34,27 +36,41 @@ from jaxengine.types import Param
 type Logits = Float[Array, "B V"]
 
 
+class Combine(NamedTuple):
+    """How the logits of a prompt and of its companions become one distribution.
+
+    Attributes:
+      apply: (logits f32[B, G, V], ctx) -> f32[B, V]; the prompt's own come first, and stand in for
+        companions a row lacks.
+      params: Per-request values, by name; they become sampling-parameter keys.
+    """
+
+    apply: Callable[[Float[Array, "B G V"], SamplingContext], Logits]
+    params: Mapping[str, Param] = {}
+
+
 class Sampler(NamedTuple):
     """What turns logits into tokens.
 
     Attributes:
       transform: Applied to the float32 logits, usually a `chain`.
       draw: Picks the token.
-      combine: (logits f32[B, G, V], ctx) -> f32[B, V], before the transform: for requests with
-        `companions`, the logits of a prompt (first) and of its companions.
+      combine: For requests with `companions`, a `Combine` or its bare function, before the
+        transform.
       capture: Name -> fn(logits, drawn, ctx) -> array [B, ...], reported with every token;
         `logits` are the model's (or the combined ones), `drawn.logits` what was drawn from.
     """
 
     transform: LogitsTransform
     draw: Draw = gumbel_max
-    combine: Callable[[Float[Array, "B G V"], SamplingContext], Logits] | None = None
+    combine: Combine | Callable[[Float[Array, "B G V"], SamplingContext], Logits] | None = None
     capture: Mapping[str, Callable[..., Array]] = {}
 
     @property
     def params(self) -> Mapping[str, Param]:
         """Sampling-parameter keys this sampler understands."""
-        return merge_params((self.transform, self.draw))
+        combine = () if self.combine is None else (_as_combine(self.combine),)
+        return merge_params((*combine, self.transform, self.draw))
 
     @property
     def needs(self) -> Needs:
@@ -139,6 +155,10 @@ def as_sampler(value: Any) -> Sampler:
     return Sampler(LogitsTransform(lambda logits, state, ctx: logits, params=params), value)
 
 
+def _as_combine(value: Combine | Callable[..., Logits]) -> Combine:
+    return value if isinstance(value, Combine) else Combine(value)
+
+
 def _call(function: Callable[..., Any], logits: Logits, state: Any, ctx: SamplingContext) -> Any:
     return function(logits, ctx)
 
@@ -154,9 +174,10 @@ def init_state(sampler: Sampler, ctx: SamplingContext) -> SamplerState:
     return SamplerState(
         inside.history,
         tuple(
-            _per_row(num_rows, stage.init, c) for stage, _, c in each_stage(stages, nothing, inside)
+            per_row_arrays(num_rows, stage.init, c)
+            for stage, _, c in each_stage(stages, nothing, inside)
         ),
-        _per_row(num_rows, sampler.draw.init, outside),
+        per_row_arrays(num_rows, sampler.draw.init, outside),
     )
 
 
@@ -179,7 +200,8 @@ def sample(
       group: For a sampler that combines, the rows of each row's group, its leader first.
     """
     if sampler.combine is not None and group is not None:
-        logits = _like(logits, sampler.combine, logits[group], ctx)
+        combine = _as_combine(sampler.combine).apply
+        logits = like(logits, combine, logits[group], ctx)
     stage_arrays, draw_arrays = ctx.arrays or sampler.arrays
     inside = ctx.narrowed(sampler.needs.history, stage_arrays)
     outside = ctx.narrowed(sampler.draw.needs.history, draw_arrays)
@@ -189,12 +211,12 @@ def sample(
 
     def draw(parts: Parts, logits: Logits) -> tuple[Sample, SamplerState]:
         processed = _apply(parts, logits)
-        selected = _per_row(num_rows, sampler.draw.select, processed, state.draw, outside)
+        selected = per_row_arrays(num_rows, sampler.draw.select, processed, state.draw, outside)
         token, aux = selected if isinstance(selected, tuple) else (selected, ())
         if not jnp.issubdtype(token.dtype, jnp.integer) or token.ndim != 1:
             raise SamplerError(
-                f"The sampler's {name_of(sampler.draw.select)} must give one integer a row, "
-                f"got {token.dtype}{list(token.shape)}."
+                f"The sampler's `{name_of(sampler.draw.select)}` must return one integer a row, "
+                f"but returned {kind_of(token)}."
             )
         return finish(parts, logits, processed, token.astype(jnp.int32), aux)
 
@@ -215,11 +237,11 @@ def sample(
         leaves = _logprobs(wants, ctx, logits, unfiltered, processed, token)
         leaves |= {"aux": aux} if jax.tree.leaves(aux) else {}
         for name, function in sampler.capture.items():
-            leaves[f"capture/{name}"] = _per_row(num_rows, function, logits, drawn, outside)
+            leaves[f"capture/{name}"] = per_row_arrays(num_rows, function, logits, drawn, outside)
         after = SamplerState(
             _push(state.history, token),
-            tuple(_per_row(num_rows, stage.update, s, drawn, c) for stage, s, c in every),
-            _per_row(num_rows, sampler.draw.update, state.draw, drawn, outside),
+            tuple(per_row_arrays(num_rows, stage.update, s, drawn, c) for stage, s, c in every),
+            per_row_arrays(num_rows, sampler.draw.update, state.draw, drawn, outside),
         )
         return Sample(token, leaves), after
 
@@ -244,54 +266,8 @@ type Parts = tuple[tuple[LogitsTransform, Any, SamplingContext], ...]
 
 def _apply(parts: Parts, logits: Logits) -> Logits:
     for stage, state, ctx in parts:
-        logits = _like(logits, stage.apply, logits, state, ctx)
+        logits = applied(stage, logits, state, ctx)
     return logits
-
-
-def _run(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a user's function; what goes wrong names it."""
-    try:
-        return function(*args)
-    except SamplerError:
-        raise
-    except Exception as error:
-        raise SamplerError(
-            f"The sampler's {name_of(function)} raised {type(error).__name__}: {error}"
-        ) from error
-
-
-def _like(wanted: Array | jax.ShapeDtypeStruct, function: Callable[..., Any], *args: Any) -> Array:
-    """Calls a user's function, whose result must have this shape and dtype."""
-    result = _run(function, *args)
-    shape, dtype = getattr(result, "shape", None), getattr(result, "dtype", None)
-    if shape != wanted.shape or dtype != wanted.dtype:
-        got = type(result).__name__ if shape is None else f"{dtype}{list(shape)}"
-        raise SamplerError(
-            f"The sampler's {name_of(function)} must give {wanted.dtype}{list(wanted.shape)}, "
-            f"got {got}."
-        )
-    return result
-
-
-def _per_row(num_rows: int, function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a user's function, whose result must be a pytree of arrays [B, ...]."""
-    result = _run(function, *args)
-    for leaf in jax.tree.leaves(result):
-        if getattr(leaf, "shape", ())[:1] != (num_rows,):
-            got = f"shape {list(leaf.shape)}" if hasattr(leaf, "shape") else type(leaf).__name__
-            raise SamplerError(
-                f"The sampler's {name_of(function)} must give arrays with a leading axis of "
-                f"{num_rows} rows, got {got}."
-            )
-    return result
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    """How messages call a function of a sampler."""
-    while isinstance(function, functools.partial):
-        function = function.args[0] if function.args else function.func
-    name = getattr(function, "__qualname__", type(function).__name__)
-    return f"`{name.replace('.<locals>', '')}`"
 
 
 def _before_filters(parts: Parts) -> Parts:

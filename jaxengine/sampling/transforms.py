@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.sampling.context import SamplingContext
+from jaxengine.sampling.guards import like, name_of
 from jaxengine.sampling.identity import are_equal
 from jaxengine.types import Param
 
@@ -90,7 +91,7 @@ def chain(*transforms: LogitsTransform) -> LogitsTransform:
 
     def apply(logits: Logits, state: State, ctx: SamplingContext) -> Logits:
         for stage, stage_state, stage_ctx in each_stage(stages, state, ctx):
-            logits = stage.apply(logits, stage_state, stage_ctx)
+            logits = applied(stage, logits, stage_state, stage_ctx)
         return logits
 
     def init(ctx: SamplingContext) -> State:
@@ -109,6 +110,11 @@ def chain(*transforms: LogitsTransform) -> LogitsTransform:
         arrays=tuple(stage.arrays for stage in stages),
         stages=stages,
     )
+
+
+def applied(stage: LogitsTransform, logits: Logits, state: State, ctx: SamplingContext) -> Logits:
+    """What one transform makes of the logits; of the same shape and dtype, or a SamplerError."""
+    return like(logits, stage.apply, logits, state, ctx)
 
 
 def each_stage(
@@ -156,6 +162,7 @@ def when(
     def update(state: State, drawn: Drawn, ctx: SamplingContext) -> State:
         return select_rows(is_on(ctx), transform.update(state, drawn, ctx), state)
 
+    apply.__qualname__ = name_of(transform.apply)
     return transform._replace(apply=apply, update=update, is_on=is_on, stages=())
 
 
@@ -168,6 +175,7 @@ def per_row(transform: LogitsTransform) -> LogitsTransform:
             axes = (*(0 for _ in others), _row_axes(ctx))
             return jax.vmap(function, in_axes=axes)(*others, ctx)
 
+        over_rows.__qualname__ = name_of(function)
         return over_rows
 
     return transform._replace(

@@ -1,14 +1,20 @@
 """SGLang's own chain, part by part: penalties, bias, temperature, and the three filters."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, UInt
 
-from jaxengine.sampling.builtin.common import LARGEST, SMALLEST, number_in, scatter_ids
+from jaxengine.sampling.builtin.common import (
+    LARGEST,
+    SMALLEST,
+    largest_thresholds,
+    number_in,
+    ordered,
+    scatter_ids,
+)
 from jaxengine.sampling.context import SamplingContext
 from jaxengine.sampling.transforms import Logits, LogitsTransform, State, when
 from jaxengine.types import Param
@@ -127,24 +133,24 @@ def top_k_top_p_min_p() -> LogitsTransform:
             weights = jnp.exp(logits - top)
             mass = ctx.top_p * weights.sum(axis=-1)
             k = jnp.where(ctx.top_k < 1, logits.shape[-1], ctx.top_k)
-            keys = _ordered(logits)
-            by_k, by_p = _largest_thresholds(
+            keys = ordered(logits)
+            by_k, by_p = largest_thresholds(
                 lambda t_k, t_p: (
                     (keys >= t_k[:, None]).sum(axis=-1, dtype=jnp.int32) >= k,
                     jnp.where(keys >= t_p[:, None], weights, 0.0).sum(axis=-1) >= mass,
                 ),
-                logits.shape[0],
+                (logits.shape[0], 2),
             )
             # At p = 1 rounding of the sums must not cost the last token.
             by_p = jnp.where(ctx.top_p >= 1.0, 0, by_p)
-            by_min_p = _ordered(top + jnp.log(ctx.min_p)[:, None])[:, 0]
+            by_min_p = ordered(top + jnp.log(ctx.min_p)[:, None])[:, 0]
             return jnp.maximum(jnp.maximum(by_k, by_p), by_min_p)
 
         nothing = jnp.zeros(logits.shape[:1], jnp.uint32)
         any_row = (is_filtered(ctx) & ctx.active).any()
         lowest = jax.lax.cond(any_row, lowest_kept, lambda _: nothing, logits)
         # NaN stays, whatever its sign, for the draw to report it.
-        is_kept = (_ordered(logits) >= lowest[:, None]) | jnp.isnan(logits)
+        is_kept = (ordered(logits) >= lowest[:, None]) | jnp.isnan(logits)
         return jnp.where(is_kept, logits, -jnp.inf)
 
     positive = number_in(SMALLEST, 1.0, "must be a number in (0, 1]")
@@ -160,34 +166,3 @@ def _top_k_check(value: Any) -> str | None:
     is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     is_valid = is_int and (value == -1 or 1 <= value < 2**31)
     return None if is_valid else "must be -1 (off) or an integer of at least 1"
-
-
-def _ordered(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:
-    """Unsigned integers in the order of the floats: sign-magnitude made two's complement."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    return jnp.where(bits & sign, ~bits, bits | sign)
-
-
-type Thresholds = tuple[UInt[Array, " B"], UInt[Array, " B"]]
-
-
-def _largest_thresholds(
-    hold: Callable[..., tuple[Bool[Array, " B"], Bool[Array, " B"]]], num_rows: int
-) -> Thresholds:
-    """The largest thresholds for which two monotone predicates hold, bit by bit; no sort.
-
-    Both searches share their 32 passes over the logits.
-    """
-
-    def try_bit(i: Int[Array, ""], found: Thresholds) -> Thresholds:
-        bit = jnp.uint32(1) << (31 - i).astype(jnp.uint32)
-        candidates = [t | bit for t in found]
-        held = hold(*candidates)
-        first, second = (
-            jnp.where(h, c, t) for h, c, t in zip(held, candidates, found, strict=True)
-        )
-        return first, second
-
-    zeros = jnp.zeros((num_rows,), jnp.uint32)
-    return jax.lax.fori_loop(0, 32, try_bit, (zeros, zeros))
