@@ -70,7 +70,7 @@ class EngineCore:
             try:
                 self._in_flight.append(self._runner.dispatch(plan))
             except Exception as error:
-                return self._recover(plan, error)
+                return self._recover([plan], error)
             finally:
                 self._spend("dispatch", started)
             if len(self._in_flight) == 1:
@@ -91,7 +91,7 @@ class EngineCore:
         try:
             result = handle.result()
         except Exception as error:
-            return self._recover(handle.plan, error)
+            return self._recover([handle.plan], error)
         finally:
             self._spend("wait", started)
         self.num_reads += 1
@@ -100,16 +100,17 @@ class EngineCore:
         self._spend("schedule", started)
         return updates
 
-    def _recover(self, plan: StepPlan, cause: Exception) -> list[SequenceUpdate]:
-        logger.error("a %s failed and is recovered from: %s", type(plan).__name__, cause)
+    def _recover(self, plans: list[StepPlan], cause: Exception) -> list[SequenceUpdate]:
+        for plan in plans:
+            logger.error("a %s failed and is recovered from: %s", type(plan).__name__, cause)
         self._in_flight.clear()
         error = StepError(
             f"The device step of this request failed ({type(cause).__name__}: {cause}). "
-            f"{len(plan.rows)} sequences were in it; {self.scheduler.num_free_pages} KV pages "
+            f"{len(plans[0].rows)} sequences were in it; {self.scheduler.num_free_pages} KV pages "
             f"were free. The others go on; submit this one again."
         )
         error.__cause__ = cause
-        updates = self.scheduler.recover(plan, error)
+        updates = self.scheduler.recover(plans, error)
         self._runner.reset()
         return updates
 

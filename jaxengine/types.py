@@ -5,7 +5,7 @@ Dimension key (shapes in annotations and name suffixes):
     N query heads · K kv heads · H head dim · D model · F ffn · V vocab · L layers
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -90,15 +90,19 @@ class SequenceRequest:
       values: Sampler parameters by name, checked and encoded.
       sampler_id: Which of the engine's samplers draws.
       sampler: That sampler itself, held so that it lives, and not looked into.
-      is_stateful: The sampler keeps something that is lost with the device state.
+      is_stateful: The sampler keeps a state of the tokens drawn so far, which cannot be had again
+        once the device has lost it.
       companions: Prompts that are continued in lockstep with this one by the same tokens; they
-        report nothing.
+        have ids of their own and report nothing.
       is_streaming: Someone reads tokens as they come, so windows stay short.
       wants_logprobs: Tokens carry their logprob.
       num_top_logprobs: Tokens carry those of this many most likely ones.
       logprob_ids: Tokens carry the logprobs of these ids.
       logprob_start: Prompt tokens from this one on carry theirs, the first token of all excepted;
         None for none. The prefix cache is used up to there.
+      cache_namespace: Prefixes are shared only among those with the same one; any hashable value.
+      priority: Who is more urgent, where the policy asks for it.
+      timeout_s: Longest time from its queueing to its end; None for no limit.
     """
 
     seq_id: int
@@ -119,6 +123,9 @@ class SequenceRequest:
     num_top_logprobs: int = 0
     logprob_ids: tuple[int, ...] = ()
     logprob_start: int | None = None
+    cache_namespace: Hashable = None
+    priority: int = 0
+    timeout_s: float | None = None
 
     @property
     def wants_lists(self) -> bool:

@@ -125,9 +125,9 @@ def test_abort_gives_slot_and_pages_back_at_once():
     for _ in range(4):
         driver.step()
     num_tokens = len(driver.tokens[0])
-    assert num_tokens > 0 and driver.pool.num_free < driver.pool.capacity
+    assert num_tokens > 0 and driver.cache.num_available < driver.pool.capacity
     driver.abort(0)
-    assert driver.pool.num_free == driver.pool.capacity
+    assert driver.cache.num_available == driver.pool.capacity
     driver.run()
     assert driver.finish_order == [1] and len(driver.tokens[0]) == num_tokens
 
@@ -139,7 +139,7 @@ def test_abort_of_the_only_request_drops_what_is_in_flight():
     driver.abort(0)
     assert driver.core.has_work  # a step is still on the device
     driver.run()
-    assert driver.tokens[0] == [] and driver.scheduler.stats.num_masked_rows == 1
+    assert driver.tokens[0] == [] and driver.runner.num_reads == 1
 
 
 def test_abort_works_in_every_state():
