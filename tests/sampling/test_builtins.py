@@ -184,15 +184,16 @@ def drawn() -> dict[str, Draws]:
     rows = [slice(i, i + ROWS) for i in range(0, first, ROWS)]
     rows += [slice(i, i + 1) for i in range(first, first + len(BY_HAND))]
     return {
-        case: Draws(*(x[row] for x in got))
-        for case, row in zip([*VALUES, *BY_HAND], rows, strict=True)
+        name: Draws(*(x[row] for x in got))
+        for name, row in zip([*VALUES, *(f"{case} by hand" for case in BY_HAND)], rows, strict=True)
     }
 
 
 @pytest.mark.parametrize("case", BY_HAND)
 def test_by_hand(case: str, drawn: dict[str, Draws]):
     want = BY_HAND[case].left
-    np.testing.assert_allclose(drawn[case].left[0, : len(want)], want, rtol=1e-5, atol=1e-6)
+    got = drawn[f"{case} by hand"].left[0, : len(want)]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_xtc_draws_from_both_distributions():
