@@ -214,7 +214,7 @@ PROCESSORS = {
     ),
     "top_h": (
         lambda top_h: transformers.TopHLogitsWarper(top_h),
-        {"top_h": [0.05, 0.2, 0.4, 0.6, 0.8, 1.0]},
+        {"top_h": [0.05, 0.2, 0.4, 0.6, 0.8, 0.95]},
     ),
     "repetition_penalty": (
         lambda repetition_penalty: transformers.RepetitionPenaltyLogitsProcessor(

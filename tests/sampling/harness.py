@@ -114,19 +114,12 @@ def processed(transform: LogitsTransform, logits: Any, requests: Sequence[Any], 
     return np.asarray(drawn.leaves["capture/left"])
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """In float64."""
-    x = logits.astype(np.float64)
-    weights = np.exp(x - x.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
-
-
 class Draws(NamedTuple):
     """Many draws of each row, every one with a seed of its own.
 
     Attributes:
       tokens: [rows, draws].
-      left: The logits drawn from, [rows, V], the same for all draws of a row.
+      left: The logits drawn from, [rows, V], the same for all draws of a row unless `is_random`.
     """
 
     tokens: np.ndarray
@@ -134,7 +127,13 @@ class Draws(NamedTuple):
 
 
 def draw_many(
-    transform: Any, logits: np.ndarray, requests: Sequence[Any], num_draws: int, **how: Any
+    transform: Any,
+    logits: np.ndarray,
+    requests: Sequence[Any],
+    num_draws: int,
+    *,
+    is_random: bool = False,
+    **how: Any,
 ) -> Draws:
     """Draws `num_draws` tokens for every row in one step."""
     sampler = as_sampler(transform)
@@ -152,7 +151,7 @@ def draw_many(
         dataclasses.replace(each, key=keys, **shared),
     )
     left = np.asarray(drawn.leaves["capture/left"]).reshape(rows, num_draws, -1)
-    np.testing.assert_array_equal(left, np.repeat(left[:, :1], num_draws, axis=1))
+    assert is_random or (left == left[:, :1]).all()
     return Draws(np.asarray(drawn.token).reshape(rows, num_draws), left[:, 0])
 
 
