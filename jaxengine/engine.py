@@ -304,7 +304,8 @@ class Engine:
             for sample in range(parsed.n)
         ]
         # Compiled here, not in the engine's thread: nobody else waits for it.
-        self._runner.prepare(live)
+        scores = any(sample.logprob_start is not None for sample in samples)
+        self._runner.prepare(live, scores=scores)
         return self._submit(parsed, samples, stream, has_text=bool(return_text_in_logprobs))
 
     def _live_sampler(self, sampler: Any, capture: Any, group_size: int) -> LiveSampler:

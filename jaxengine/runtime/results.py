@@ -45,8 +45,8 @@ class ResultLayout:
         }
 
 
-def flatten(leaves: Mapping[str, Any]) -> dict[str, Array]:
-    """Arrays by path: "aux" of a draw may be a nest of them."""
+def flatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays, or shapes alone, by path: "aux" of a draw may be a nest of them."""
     paths, _ = jax.tree_util.tree_flatten_with_path(dict(leaves))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
 

@@ -315,15 +315,22 @@ class Runner:
             sampler.seats = None
         self._state = _zeros(self._factory.state)
 
-    def prepare(self, sampler: LiveSampler) -> None:
-        """Waits for what the sampler's first tokens need; in the caller's thread, not the engine's.
+    def prepare(self, sampler: LiveSampler, *, scores: bool) -> None:
+        """Waits for programs the engine did not begin with, in the caller's thread: not its own.
+
+        Args:
+          sampler: For its first tokens.
+          scores: Also for logprobs of prompt tokens.
 
         Raises:
-          SamplerError: If XLA does not compile it.
+          SamplerError: If XLA does not compile the sampler.
         """
+        factory = self._factory
+        if scores:
+            for tokens in factory.forward.buckets.prefill_tokens:
+                self._program(ProgramKey("score", tokens), factory.scores)
         if sampler is self._samplers.own:
             return
-        factory = self._factory
         for specs in (factory.split(sampler.steps), factory.forwards()):
             if any(key not in self._programs for key in specs):
                 self._programs.add(specs, IDLE)
