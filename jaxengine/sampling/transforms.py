@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxengine.errors import SamplerError
 from jaxengine.sampling.context import SamplingContext
+from jaxengine.sampling.contract import call, name_of, require_like, require_rows
 from jaxengine.sampling.identity import are_equal
 from jaxengine.types import Param
 
@@ -96,10 +96,10 @@ def chain(*transforms: LogitsTransform) -> LogitsTransform:
 
     def init(ctx: SamplingContext) -> State:
         nothing = (None,) * len(stages)
-        return tuple(stage.init(c) for stage, _, c in each_stage(stages, nothing, ctx))
+        return tuple(initial(stage, c) for stage, _, c in each_stage(stages, nothing, ctx))
 
     def update(state: State, drawn: Drawn, ctx: SamplingContext) -> State:
-        return tuple(s.update(x, drawn, c) for s, x, c in each_stage(stages, state, ctx))
+        return tuple(updated(s, x, drawn, c) for s, x, c in each_stage(stages, state, ctx))
 
     return LogitsTransform(
         apply,
@@ -116,32 +116,33 @@ def applied(stage: LogitsTransform, logits: Logits, state: State, ctx: SamplingC
     """What one transform makes of the logits.
 
     Raises:
-      SamplerError: If that has another shape or dtype; what the transform itself raises passes,
-        with a note of its name.
+      SamplerError: If that has another shape or dtype.
     """
-    try:
-        changed = stage.apply(logits, state, ctx)
-    except Exception as error:
-        error.add_note(f"raised by the transform `{name_of(stage.apply)}`")
-        raise
-    if _kind(changed) != _kind(logits):
-        raise SamplerError(
-            f"The transform `{name_of(stage.apply)}` must return {_kind(logits)} as it was given, "
-            f"but returned {_kind(changed)}."
-        )
+    changed = call(stage.apply, logits, state, ctx)
+    require_like(stage.apply, changed, logits, "the logits")
     return changed
 
 
-def _kind(value: Any) -> str:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    return type(value).__name__
+def initial(part: Any, ctx: SamplingContext) -> State:
+    """The state a transform or draw begins with.
+
+    Raises:
+      SamplerError: If it has not one row for each row of the context.
+    """
+    state = call(part.init, ctx)
+    require_rows(part.init, state, ctx.position.shape, "its state")
+    return state
 
 
-def name_of(function: Callable[..., Any]) -> str:
-    """What a function or its maker is called: `dry` for the `apply` that `dry()` closes over."""
-    function = getattr(function, "func", function)  # a partial
-    return getattr(function, "__qualname__", type(function).__name__).partition(".<locals>")[0]
+def updated(part: Any, state: State, drawn: Drawn, ctx: SamplingContext) -> State:
+    """The state of a transform or draw after a token.
+
+    Raises:
+      SamplerError: If it is of another kind than before.
+    """
+    after = call(part.update, state, drawn, ctx)
+    require_like(part.update, after, state, "its state")
+    return after
 
 
 def each_stage(
@@ -199,8 +200,14 @@ def per_row(transform: LogitsTransform) -> LogitsTransform:
     def lifted(function: Callable[..., Any]) -> Callable[..., Any]:
         def over_rows(*args: Any) -> Any:
             *others, ctx = args
-            axes = (*(0 for _ in others), _row_axes(ctx))
-            return jax.vmap(function, in_axes=axes)(*others, ctx)
+            fields = {field.name: getattr(ctx, field.name) for field in dataclasses.fields(ctx)}
+            shared = {name: fields.pop(name) for name in ("arrays", "slot_counts")}
+
+            def of_row(*args: Any) -> Any:
+                *others, row = args
+                return function(*others, SamplingContext(**row, **shared))
+
+            return jax.vmap(of_row)(*others, fields)
 
         over_rows.__qualname__ = name_of(function)
         return over_rows
@@ -212,16 +219,6 @@ def per_row(transform: LogitsTransform) -> LogitsTransform:
         is_on=transform.is_on and lifted(transform.is_on),
         stages=(),
     )
-
-
-def _row_axes(ctx: SamplingContext) -> Any:
-    """`in_axes` of a context: all but what the rows share."""
-    shared = {"slot_counts", "arrays"}
-    axes = {
-        field.name: None if field.name in shared or getattr(ctx, field.name) is None else 0
-        for field in dataclasses.fields(ctx)
-    }
-    return SamplingContext(**axes)  # pyright: ignore[reportArgumentType]
 
 
 def select_rows(mask: Bool[Array, "*B"], yes: Any, no: Any) -> Any:
