@@ -130,4 +130,6 @@ def _bind(forward: Forward, sampler: Sampler, group_size: int, owner: int) -> Sa
     except SamplerError:
         raise
     except Exception as error:
-        raise SamplerError(f"The sampler cannot be traced: {error}") from error
+        notes = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
+        message = f"The sampler cannot be traced: {type(error).__name__}: {error}{notes}."
+        raise SamplerError(message) from error

@@ -19,6 +19,7 @@ from jaxengine.sampling.builtin.standard import (
     top_k_top_p_min_p,
 )
 from jaxengine.sampling.builtin.watermark import Detection, detect_watermark, watermark
+from jaxengine.sampling.checking import check
 from jaxengine.sampling.context import SamplingContext
 from jaxengine.sampling.draw import Draw, gumbel_max
 from jaxengine.sampling.sampler import Combine, Sampler, as_sampler, default_sampler
@@ -40,6 +41,7 @@ __all__ = [
     "as_sampler",
     "bad_words",
     "chain",
+    "check",
     "classifier_free_guidance",
     "contrastive",
     "default_sampler",

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxengine.errors import SamplerError
 from jaxengine.sampling.builtin import standard
 from jaxengine.sampling.context import SamplingContext
+from jaxengine.sampling.contract import call, require_like, require_rows
 from jaxengine.sampling.draw import Draw, gumbel_max
-from jaxengine.sampling.guards import kind_of, like, name_of, per_row_arrays
 from jaxengine.sampling.logprobs import (
     Wants,
     listed_logprobs,
@@ -28,8 +27,10 @@ from jaxengine.sampling.transforms import (
     applied,
     chain,
     each_stage,
+    initial,
     merge_needs,
     merge_params,
+    updated,
 )
 from jaxengine.types import Param
 
@@ -168,16 +169,11 @@ def init_state(sampler: Sampler, ctx: SamplingContext) -> SamplerState:
     stages = sampler.stages
     stage_arrays, draw_arrays = ctx.arrays or sampler.arrays
     inside = ctx.narrowed(sampler.needs.history, stage_arrays)
-    outside = ctx.narrowed(sampler.draw.needs.history, draw_arrays)
     nothing = (None,) * len(stages)
-    num_rows = ctx.position.shape[0]
     return SamplerState(
         inside.history,
-        tuple(
-            per_row_arrays(num_rows, stage.init, c)
-            for stage, _, c in each_stage(stages, nothing, inside)
-        ),
-        per_row_arrays(num_rows, sampler.draw.init, outside),
+        tuple(initial(stage, c) for stage, _, c in each_stage(stages, nothing, inside)),
+        initial(sampler.draw, ctx.narrowed(sampler.draw.needs.history, draw_arrays)),
     )
 
 
@@ -201,24 +197,19 @@ def sample(
     """
     if sampler.combine is not None and group is not None:
         combine = _as_combine(sampler.combine).apply
-        logits = like(logits, combine, logits[group], ctx)
+        combined = call(combine, logits[group], ctx)
+        require_like(combine, combined, logits, "the logits")
+        logits = combined
     stage_arrays, draw_arrays = ctx.arrays or sampler.arrays
     inside = ctx.narrowed(sampler.needs.history, stage_arrays)
     outside = ctx.narrowed(sampler.draw.needs.history, draw_arrays)
-    num_rows = ctx.position.shape[0]
     every = tuple(each_stage(sampler.stages, state.stages, inside))
     always = tuple(part for part in every if part[0].is_on is None)
 
     def draw(parts: Parts, logits: Logits) -> tuple[Sample, SamplerState]:
         processed = _apply(parts, logits)
-        selected = per_row_arrays(num_rows, sampler.draw.select, processed, state.draw, outside)
-        token, aux = selected if isinstance(selected, tuple) else (selected, ())
-        if not jnp.issubdtype(token.dtype, jnp.integer) or token.ndim != 1:
-            raise SamplerError(
-                f"The sampler's `{name_of(sampler.draw.select)}` must return one integer a row, "
-                f"but returned {kind_of(token)}."
-            )
-        return finish(parts, logits, processed, token.astype(jnp.int32), aux)
+        token, aux = _selected(sampler.draw, processed, state.draw, outside)
+        return finish(parts, logits, processed, token, aux)
 
     def draw_greedily(logits: Logits) -> tuple[Sample, SamplerState]:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -227,9 +218,9 @@ def sample(
     def finish(
         parts: Parts, logits: Logits, processed: Logits, token: Int[Array, " B"], aux: Any
     ) -> tuple[Sample, SamplerState]:
-        if group is not None:
-            token = token[group[:, 0]]
         token = _checked(token, logits, processed)
+        if group is not None:  # whatever a companion's own chain would have removed
+            token = token[group[:, 0]]
         drawn = Drawn(
             token, token_logprob(processed, token), token_logprob(logits, token), processed
         )
@@ -237,11 +228,13 @@ def sample(
         leaves = _logprobs(wants, ctx, logits, unfiltered, processed, token)
         leaves |= {"aux": aux} if jax.tree.leaves(aux) else {}
         for name, function in sampler.capture.items():
-            leaves[f"capture/{name}"] = per_row_arrays(num_rows, function, logits, drawn, outside)
+            captured = call(function, logits, drawn, outside)
+            require_rows(function, captured, logits.shape[:1], f"the capture `{name}`")
+            leaves[f"capture/{name}"] = captured
         after = SamplerState(
             _push(state.history, token),
-            tuple(per_row_arrays(num_rows, stage.update, s, drawn, c) for stage, s, c in every),
-            per_row_arrays(num_rows, sampler.draw.update, state.draw, drawn, outside),
+            tuple(updated(stage, s, drawn, c) for stage, s, c in every),
+            updated(sampler.draw, state.draw, drawn, outside),
         )
         return Sample(token, leaves), after
 
@@ -268,6 +261,19 @@ def _apply(parts: Parts, logits: Logits) -> Logits:
     for stage, state, ctx in parts:
         logits = applied(stage, logits, state, ctx)
     return logits
+
+
+def _selected(
+    draw: Draw, logits: Logits, state: Any, ctx: SamplingContext
+) -> tuple[Int[Array, " B"], Any]:
+    """What a draw picks, and what it reports beside it."""
+    selected = call(draw.select, logits, state, ctx)
+    token, aux = selected if isinstance(selected, tuple) else (selected, ())
+    is_integer = jnp.issubdtype(getattr(token, "dtype", float), jnp.integer)
+    wanted = jax.ShapeDtypeStruct(logits.shape[:1], token.dtype if is_integer else jnp.int32)
+    require_like(draw.select, token, wanted, "a token for each row")
+    require_rows(draw.select, aux, logits.shape[:1], "what it reports")
+    return token.astype(jnp.int32), aux
 
 
 def _before_filters(parts: Parts) -> Parts:

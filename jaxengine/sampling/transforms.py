@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.sampling.context import SamplingContext
-from jaxengine.sampling.guards import like, name_of
+from jaxengine.sampling.contract import call, name_of, require_like, require_rows
 from jaxengine.sampling.identity import are_equal
 from jaxengine.types import Param
 
@@ -96,10 +96,10 @@ def chain(*transforms: LogitsTransform) -> LogitsTransform:
 
     def init(ctx: SamplingContext) -> State:
         nothing = (None,) * len(stages)
-        return tuple(stage.init(c) for stage, _, c in each_stage(stages, nothing, ctx))
+        return tuple(initial(stage, c) for stage, _, c in each_stage(stages, nothing, ctx))
 
     def update(state: State, drawn: Drawn, ctx: SamplingContext) -> State:
-        return tuple(s.update(x, drawn, c) for s, x, c in each_stage(stages, state, ctx))
+        return tuple(updated(s, x, drawn, c) for s, x, c in each_stage(stages, state, ctx))
 
     return LogitsTransform(
         apply,
@@ -113,8 +113,36 @@ def chain(*transforms: LogitsTransform) -> LogitsTransform:
 
 
 def applied(stage: LogitsTransform, logits: Logits, state: State, ctx: SamplingContext) -> Logits:
-    """What one transform makes of the logits; of the same shape and dtype, or a SamplerError."""
-    return like(logits, stage.apply, logits, state, ctx)
+    """What one transform makes of the logits.
+
+    Raises:
+      SamplerError: If that has another shape or dtype.
+    """
+    changed = call(stage.apply, logits, state, ctx)
+    require_like(stage.apply, changed, logits, "the logits")
+    return changed
+
+
+def initial(part: Any, ctx: SamplingContext) -> State:
+    """The state a transform or draw begins with.
+
+    Raises:
+      SamplerError: If it has not one row for each row of the context.
+    """
+    state = call(part.init, ctx)
+    require_rows(part.init, state, ctx.position.shape, "its state")
+    return state
+
+
+def updated(part: Any, state: State, drawn: Drawn, ctx: SamplingContext) -> State:
+    """The state of a transform or draw after a token.
+
+    Raises:
+      SamplerError: If it is of another kind than before.
+    """
+    after = call(part.update, state, drawn, ctx)
+    require_like(part.update, after, state, "its state")
+    return after
 
 
 def each_stage(
@@ -172,8 +200,14 @@ def per_row(transform: LogitsTransform) -> LogitsTransform:
     def lifted(function: Callable[..., Any]) -> Callable[..., Any]:
         def over_rows(*args: Any) -> Any:
             *others, ctx = args
-            axes = (*(0 for _ in others), _row_axes(ctx))
-            return jax.vmap(function, in_axes=axes)(*others, ctx)
+            fields = {field.name: getattr(ctx, field.name) for field in dataclasses.fields(ctx)}
+            shared = {name: fields.pop(name) for name in ("arrays", "slot_counts")}
+
+            def of_row(*args: Any) -> Any:
+                *others, row = args
+                return function(*others, SamplingContext(**row, **shared))
+
+            return jax.vmap(of_row)(*others, fields)
 
         over_rows.__qualname__ = name_of(function)
         return over_rows
@@ -185,16 +219,6 @@ def per_row(transform: LogitsTransform) -> LogitsTransform:
         is_on=transform.is_on and lifted(transform.is_on),
         stages=(),
     )
-
-
-def _row_axes(ctx: SamplingContext) -> Any:
-    """`in_axes` of a context: all but what the rows share."""
-    shared = {"slot_counts", "arrays"}
-    axes = {
-        field.name: None if field.name in shared or getattr(ctx, field.name) is None else 0
-        for field in dataclasses.fields(ctx)
-    }
-    return SamplingContext(**axes)  # pyright: ignore[reportArgumentType]
 
 
 def select_rows(mask: Bool[Array, "*B"], yes: Any, no: Any) -> Any:

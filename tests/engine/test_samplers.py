@@ -133,12 +133,12 @@ def leaks(logits: Any, state: Any, ctx: Any) -> Any:
 
 
 BAD_SAMPLERS: list[tuple[Any, type[Exception], str]] = [
-    (raises, SamplerError, "`raises` raised ZeroDivisionError: no luck"),
-    (lambda logits, ctx: logits, SamplerError, "`<lambda>` must return one integer a row"),
-    (lambda logits, ctx: jnp.zeros(7, jnp.int32), SamplerError, "leading axis of"),
+    (raises, SamplerError, "ZeroDivisionError: no luck, raised by `raises`"),
+    (lambda logits, ctx: logits, SamplerError, "must return a token for each row"),
+    (lambda logits, ctx: jnp.zeros(7, jnp.int32), SamplerError, "must return a token for each row"),
     (lambda logits, ctx: ctx.mood, SamplerError, "no `mood`"),
     (lambda logits: logits, SamplerError, "TypeError"),
-    (LogitsTransform(lambda x, s, c: x[:, :3]), SamplerError, "must return float32"),
+    (LogitsTransform(lambda x, s, c: x[:, :3]), SamplerError, "must return the logits as float32"),
     (LogitsTransform(lambda x, s, c: x.astype(jnp.bfloat16)), SamplerError, "bfloat16"),
     (LogitsTransform(identity, init=lambda ctx: jnp.zeros(())), SamplerError, "leading axis of"),
     (
@@ -148,7 +148,7 @@ BAD_SAMPLERS: list[tuple[Any, type[Exception], str]] = [
             update=lambda state, drawn, ctx: state.astype(jnp.float32),
         ),
         SamplerError,
-        "as `init` gives them",
+        "must return its state as int32",
     ),
     (LogitsTransform(leaks), SamplerError, "[Ll]eak"),
     (LogitsTransform(identity, params={"position": Param("int32", 0)}), SamplerError, "reserved"),

@@ -1,6 +1,7 @@
 """Runs samplers on arrays, without an engine: contexts, steps, and a test of what was drawn."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from jaxengine.sampling import LogitsTransform, Sampler, SamplingContext, as_sampler
+from jaxengine.sampling import Sampler, SamplingContext, as_sampler
 from jaxengine.sampling.context import row_keys
+from jaxengine.sampling.identity import structure_of
 from jaxengine.sampling.logprobs import Wants
 from jaxengine.sampling.sampler import Sample, SamplerState, init_state, sample
 from jaxengine.types import Param
@@ -85,6 +87,19 @@ def no_wants(rows: int) -> Wants:
     return Wants(nobody, nobody, jnp.full((rows, 1), -1, jnp.int32), 1)
 
 
+_STEPS: dict[Any, Any] = {}
+
+
+def _compiled(sampler: Sampler) -> Any:
+    """A jitted step, one for all equal samplers."""
+
+    @functools.partial(jax.jit, static_argnums=4)
+    def run(logits: Any, state: Any, ctx: Any, wants: Any, num_top: int, group: Any) -> Any:
+        return sample(sampler, logits, state, ctx, Wants(*wants, num_top), group)
+
+    return _STEPS.setdefault(structure_of(sampler), run)
+
+
 def step(
     sampler: Any,
     logits: Any,
@@ -96,22 +111,9 @@ def step(
     """One jitted step."""
     sampler = as_sampler(sampler)
     wants = no_wants(len(ctx.position)) if wants is None else wants
-    static = wants.num_top
-
-    @jax.jit
-    def run(logits: Any, ctx: SamplingContext, state: Any, wants: Any) -> Any:
-        state = init_state(sampler, ctx) if state is None else state
-        return sample(sampler, logits, state, ctx, Wants(*wants, num_top=static), group)
-
-    return run(jnp.asarray(logits, jnp.float32), ctx, state, wants[:3])
-
-
-def processed(transform: LogitsTransform, logits: Any, requests: Sequence[Any], **how: Any) -> Any:
-    """The logits a transform leaves to the draw, in the engine's own `sample`."""
-    sampler = Sampler(transform, capture={"left": lambda logits, drawn, ctx: drawn.logits})
-    ctx = context(sampler, requests, np.shape(logits)[-1], **how)
-    drawn, _ = step(sampler, logits, ctx)
-    return np.asarray(drawn.leaves["capture/left"])
+    state = init_state(sampler, ctx) if state is None else state
+    logits = jnp.asarray(logits, jnp.float32)
+    return _compiled(sampler)(logits, state, ctx, wants[:3], wants.num_top, group)
 
 
 class Draws(NamedTuple):
@@ -198,14 +200,9 @@ def loop(
     texts = [list(text) for text in ([[0] * 4] * rows if texts is None else texts)]
     state, tokens, leaves, states = None, [], [], []
 
-    @jax.jit
-    def run(logits: Any, ctx: SamplingContext, state: Any) -> Any:
-        return sample(sampler, logits, state, ctx, no_wants(rows))
-
     for i in range(num_steps):
         ctx = context(sampler, requests, vocab_size, texts=texts, seeds=seeds, num_generated=i)
-        state = init_state(sampler, ctx) if state is None else state
-        drawn, state = run(jnp.asarray(logits_of(texts, i), jnp.float32), ctx, state)
+        drawn, state = step(sampler, logits_of(texts, i), ctx, state)
         states.append(state)
         tokens.append(np.asarray(drawn.token))
         leaves.append(jax.tree.map(np.asarray, drawn.leaves))

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxengine.sampling.context import SamplingContext
-from jaxengine.sampling.guards import name_of
+from jaxengine.sampling.contract import name_of
 from jaxengine.sampling.transforms import Logits, LogitsTransform, State, when
 from jaxengine.types import Param
 
