@@ -43,7 +43,7 @@ class PrefillDraft:
         if not self._rows:
             return None
         for sequence, member in self._placed:
-            self._roster.keep(sequence, member, member.num_prefilled)
+            self._roster.keep(sequence, member)
         return self._finished(is_ready)
 
     @property

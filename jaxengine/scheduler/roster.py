@@ -67,6 +67,11 @@ class Roster:
         self._num_arrived += 1
         self.waiting.push(sequence)
 
+    @property
+    def num_free_slots(self) -> int:
+        """Slots nobody has."""
+        return len(self._free_slots)
+
     def num_pages(self, num_tokens: int) -> int:
         """Pages of so many tokens."""
         return -(-num_tokens // self.buckets.page_size)
@@ -125,14 +130,11 @@ class Roster:
         missing = self.num_pages(num_tokens) - len(member.pages)
         member.pages += self.cache.allocate(max(0, missing))
 
-    def keep(self, sequence: Sequence, member: Member, num_tokens: int) -> None:
-        """Puts a member's full pages up to a length into the prefix cache."""
+    def keep(self, sequence: Sequence, member: Member) -> None:
+        """Caches the pages a member's prefill has filled."""
         assert member.prefix is not None
-        text = sequence.text(member)
-        if not sequence.is_drawn_by_prefill:
-            # The last token is still to be fed, or was, and is fed again after a preemption.
-            num_tokens = min(num_tokens, len(text) - 1)
-        member.prefix = self.cache.extend(member.prefix, text, member.pages, num_tokens)
+        text, num_known = sequence.text(member), sequence.num_written(member)
+        member.prefix = self.cache.extend(member.prefix, text, member.pages, num_known)
 
     def preempt(self, sequence: Sequence, *, keeps_slots: bool = True) -> None:
         """Takes the pages away; the sequence is computed anew in its turn.
@@ -180,15 +182,11 @@ class Roster:
         assert sorted(slots) == list(range(self.buckets.num_slots)), "slots do not add up"
 
     def _release_pages(self, sequence: Sequence) -> None:
-        """Gives the pages back, after the cache took those that are full of known tokens."""
+        """Gives the pages back; what is full of known tokens stays cached."""
         for member in sequence.members:
             assert member.prefix is not None
-            num_known = member.num_prefilled
-            if sequence.status is Status.RUNNING:
-                text_len = len(member.request.prompt_ids) + len(sequence.output_ids)
-                num_known = max(num_known, text_len - 1)
-            self.keep(sequence, member, num_known)
-            self.cache.release(member.prefix, member.pages)
+            text, num_known = sequence.text(member), sequence.num_written(member)
+            self.cache.release(member.prefix, text, member.pages, num_known)
             member.prefix, member.pages = None, []
 
     def _release_slots(self, sequence: Sequence) -> None:

@@ -1,5 +1,6 @@
 """One sample of one prompt while it lives in the engine: counters, pages, tokens."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from jaxengine.scheduler.plan import PageWrite
 from jaxengine.scheduler.prefix_cache import Prefix
-from jaxengine.types import SequenceRequest
+from jaxengine.types import SequenceRequest, SequenceUpdate, StopReason
 
 
 class Status(Enum):
@@ -129,6 +130,17 @@ class Sequence:
         text_len = len(member.request.prompt_ids) + len(self.output_ids)
         return text_len if self.is_drawn_by_prefill else max(1, text_len - 1)
 
+    def num_written(self, member: Member) -> int:
+        """Known tokens that are in the pages, or will be after what is under way.
+
+        The last one is still to be fed, or has been, or is fed a second time; so it never counts
+        but where the prefill draws.
+        """
+        if self.is_drawn_by_prefill:
+            return member.num_prefilled
+        most = len(member.request.prompt_ids) + len(self.output_ids) - 1
+        return most if self.status is Status.RUNNING else min(member.num_prefilled, most)
+
     def max_cached(self, member: Member) -> int:
         """Tokens the prefix cache may serve: not the last to compute, and none of those whose
         hidden states the wanted prompt logprobs come from."""
@@ -147,3 +159,23 @@ class Sequence:
         targets[first - start - 1 : end - start - 1] = prompt[first:end]
         self.next_target = end
         return targets
+
+    def last_update(
+        self,
+        token_ids: Iterable[int] = (),
+        leaves: Mapping[str, np.ndarray] = {},
+        prompt_leaves: Mapping[str, np.ndarray] = {},
+        finish: StopReason | None = None,
+        error: Exception | None = None,
+    ) -> SequenceUpdate:
+        """The update that ends it."""
+        return SequenceUpdate(
+            self.seq_id,
+            [*token_ids],
+            leaves,
+            prompt_leaves,
+            finish,
+            error,
+            cached_tokens=self.cached_tokens,
+            num_retractions=self.num_retractions,
+        )
