@@ -19,6 +19,7 @@ from jaxengine.scheduler.policy import Policy
 from jaxengine.scheduler.prefill import STREAM_CHUNK_TOKENS, PrefillDraft
 from jaxengine.scheduler.roster import Roster, SchedulerStats
 from jaxengine.scheduler.sequence import Sequence, Status
+from jaxengine.scheduler.urgency import make_room
 from jaxengine.types import DRAW_ERRORS, SequenceRequest, SequenceUpdate, StopReason
 
 MAX_PREFILLS_IN_A_ROW = 16
@@ -121,6 +122,8 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can run before a commit."""
+        if not make_room(self._roster):
+            return None
         plan = self._plan_prefill() if self._prefill_is_due() else None
         plan = plan or plan_decode(self._roster, self._is_ready) or self._plan_prefill()
         if plan is not None:

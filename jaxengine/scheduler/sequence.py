@@ -73,6 +73,7 @@ class Sequence:
       num_in_flight: Rows dispatched and not yet committed.
       num_retractions: How often it was preempted.
       was_started: It has run before.
+      is_overdue: Too many later ones were faster, so it is first now, and stays when it runs.
       cached_tokens: Prompt tokens that were not computed when it first started.
       next_target: The first prompt token whose logprob no step was asked for yet.
       first_unscored: The same, of steps that were committed.
@@ -87,6 +88,7 @@ class Sequence:
     num_in_flight: int = 0
     num_retractions: int = 0
     was_started: bool = False
+    is_overdue: bool = False
     cached_tokens: int = 0
     next_target: int = 0
     first_unscored: int = 0
@@ -111,6 +113,16 @@ class Sequence:
     def num_left(self) -> int:
         """Tokens that may still be scheduled; a limit of 0 draws one, and drops it."""
         return max(1, self.request.max_new_tokens) - self.num_scheduled
+
+    @property
+    def num_slots_wanted(self) -> int:
+        """Slots it lacks."""
+        return sum(member.slot is None for member in self.members)
+
+    @property
+    def is_bound_to_slots(self) -> bool:
+        """The state its sampler has in them cannot be had again."""
+        return self.request.is_stateful and bool(self.output_ids)
 
     @property
     def is_drawn_by_prefill(self) -> bool:
