@@ -3,7 +3,7 @@ page it reads. It knows plans and nothing else of the scheduler. No jax."""
 
 import itertools
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -186,6 +186,7 @@ class FakeRunner:
       faults: Number of a dispatch, from 0, and where it fails.
       is_eager: Run a step when it is dispatched, not when its result (or a later one) is read;
         `written` then holds the pages that were written since it was last cleared.
+      failing_resets: Numbers of resets that find no memory; 1 is at the start.
     """
 
     def __init__(
@@ -194,7 +195,9 @@ class FakeRunner:
         num_pages: int,
         faults: Mapping[int, Fault] | None = None,
         is_eager: bool = False,
+        failing_resets: Collection[int] = (),
     ) -> None:
+        self._failing_resets = failing_resets
         self._buckets = buckets
         self._num_pages = num_pages
         self._faults = faults or {}
@@ -210,6 +213,9 @@ class FakeRunner:
 
     def reset(self) -> None:
         self.num_resets += 1
+        self._is_broken = True
+        if self.num_resets in self._failing_resets:
+            raise MemoryError("no room for the pages")
         self._is_broken = False
         self._queue: deque[FakeHandle] = deque()
         self._unread: deque[FakeHandle] = deque()
@@ -232,9 +238,9 @@ class FakeRunner:
 
     def read(self, handle: FakeHandle) -> StepResult:
         """The result of a step, after all that were dispatched before it."""
-        assert not self._is_broken, "a failed device was read again without a reset"
-        assert self._unread.popleft() is handle, "results are read out of order, or after a reset"
+        assert self._unread.popleft() is handle, "results are read out of order, or after a failure"
         if handle.fault == "result":
+            self._unread.clear()
             self._fail(handle.plan)
         self._run_until(handle)
         assert handle.value is not None

@@ -42,9 +42,14 @@ class Policy:
         priority = sequence.request.priority
         return -priority if self.low_values_first else priority
 
-    def rank(self, sequence: Sequence) -> tuple[int, int]:
+    def rank(self, sequence: Sequence) -> tuple[bool, int, int]:
         """Place in the order; the least is first, and the last to be preempted."""
-        return -self.urgency(sequence), sequence.arrival
+        return not sequence.is_overdue, -self.urgency(sequence), sequence.arrival
+
+    def may_preempt(self, newcomer: Sequence, sequence: Sequence) -> bool:
+        """So much more urgent is the newcomer that the other must go."""
+        gap = self.urgency(newcomer) - self.urgency(sequence)
+        return not sequence.is_overdue and gap >= max(1, self.preemption_threshold)
 
 
 class WaitingQueue:
@@ -68,10 +73,11 @@ class WaitingQueue:
     def remove(self, sequence: Sequence) -> None:
         """Lets a sequence go: it runs now, or has ended."""
         self._sequences.remove(sequence)
-        self._num_gone += not sequence.was_started
+        if not sequence.was_started:
+            sequence.is_overdue = self._has_waited_long(sequence)
+            self._num_gone += 1
 
-    def is_overdue(self, sequence: Sequence) -> bool:
-        """Too many later ones were faster."""
+    def _has_waited_long(self, sequence: Sequence) -> bool:
         return self._num_gone - sequence.arrival >= MAX_OVERTAKEN
 
     def in_order(self, cached_len: Callable[[Sequence], int]) -> list[Sequence]:
@@ -82,7 +88,7 @@ class WaitingQueue:
         """
         if self._policy.schedule_policy == "fcfs":
             return self._sequences.copy()
-        overdue = {s for s in self._sequences if self.is_overdue(s)}
+        overdue = {s for s in self._sequences if s.is_overdue or self._has_waited_long(s)}
         others = [s for s in self._sequences if s not in overdue]
         if self._policy.schedule_policy == "lpm" and len(others) <= MAX_MATCHED:
             others.sort(key=lambda s: (not s.was_started, -cached_len(s)))

@@ -43,7 +43,7 @@ class PrefillDraft:
         if not self._rows:
             return None
         for sequence, member in self._placed:
-            self._roster.keep(sequence, member, member.num_prefilled)
+            self._roster.keep(sequence, member)
         return self._finished(is_ready)
 
     @property
@@ -51,21 +51,26 @@ class PrefillDraft:
         return not self._budget or len(self._rows) == self._max_rows
 
     def _start_waiting(self) -> None:
-        """Starts sequences in the order of the policy, up to the first that finds no room.
+        """Starts sequences in the order of the policy, up to the first that finds no pages.
 
-        Only one whose next page is being computed in this very plan is looked past: it will find
-        the page cached in the next.
+        Only these are looked past: one whose next page is being computed in this very plan, for it
+        will find the page cached in the next; and where slots are short, all who have none.
         """
         num_deferred = 0
         for sequence in self._roster.in_order():
             # A preempted sequence must first learn the tokens still in flight.
             if self._is_full or num_deferred > MAX_DEFERRED or sequence.num_in_flight:
                 return
-            matches = [self._roster.match(sequence, member) for member in sequence.members]
+            if not self._roster.has_slots(sequence):
+                if not self._roster.num_idle_slots:
+                    return
+                continue
+            matches = self._roster.match(sequence)
             if self._is_being_computed(sequence, matches):
                 num_deferred += 1
                 continue
-            if not self._roster.has_room(sequence, matches, self._reserved):
+            needed = self._roster.pages_to_start(sequence, matches)
+            if needed + self._reserved > self._roster.cache.num_available:
                 return
             self._roster.start(sequence, matches)
             self._reserved += self._roster.pages_ahead(sequence)

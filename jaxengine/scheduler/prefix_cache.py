@@ -119,33 +119,43 @@ class PrefixCache:
     def extend(
         self, prefix: Prefix, tokens: np.ndarray, pages: list[int], num_tokens: int
     ) -> Prefix:
-        """Caches the full pages of the first `num_tokens`, in whose pages they stand; returns how
-        far the user holds them now.
+        """Caches the full pages among the first `num_tokens` of a text, and holds them.
 
-        Where somebody else was first, the user holds that page, and keeps its own besides.
+        Args:
+          prefix: What is held of it so far.
+          tokens: The text.
+          pages: Where it stands.
+          num_tokens: How much of it is there.
+
+        Returns:
+          What is held now; it ends where somebody else has cached a page of the same text first.
         """
-        if not self._is_enabled:
-            return prefix
-        for index in range(_num_pages(prefix), num_tokens // self._page_size):
+        for index in self._full_pages(prefix, num_tokens):
             key = prefix, self._tokens_of(tokens, index)
-            if key not in self._pages:
-                self._pages[key] = CachedPage(*key, pages[index], index + 1, num_users=1)
-            else:
-                self._use(self._pages[key])
-            prefix = self._pages[key]
+            if key in self._pages:
+                break
+            prefix = self._insert(key, pages[index])
         return prefix
 
-    def release(self, prefix: Prefix, pages: list[int]) -> None:
-        """Takes a user's pages back, and forgets that it held the prefix."""
+    def release(
+        self, prefix: Prefix, tokens: np.ndarray, pages: list[int], num_tokens: int
+    ) -> None:
+        """Takes a user's pages back; the full ones among the first `num_tokens` stay cached."""
         own = pages[_num_pages(prefix) :]
+        for index in self._full_pages(prefix, num_tokens):
+            key = prefix, self._tokens_of(tokens, index)
+            if key in self._pages:
+                prefix = self._pages[key]
+                self._use(prefix)
+            else:
+                prefix = self._insert(key, pages[index])
+                own.remove(pages[index])
+        self._pool.free(own)
         while isinstance(prefix, CachedPage):
-            page = pages[prefix.num_pages - 1]
-            own += [page] if page != prefix.page else []
             prefix.num_users -= 1
             if not prefix.num_users:
                 self._unused[prefix] = None
             prefix = prefix.parent
-        self._pool.free(own)
 
     def flush(self) -> None:
         """Forgets all; pages in use serve their users on, and nobody else."""
@@ -160,13 +170,22 @@ class PrefixCache:
         for prefix, pages in users:
             owned += pages[_num_pages(prefix) :]
             while isinstance(prefix, CachedPage):
+                assert pages[prefix.num_pages - 1] == prefix.page, "a page is not the one held"
                 num_users[prefix] += 1
-                page = pages[prefix.num_pages - 1]
-                owned += [page] if page != prefix.page else []
                 prefix = prefix.parent
         self._pool.check_integrity([owned])
         assert all(cached.num_users == count for cached, count in num_users.items())
         assert {cached for cached, count in num_users.items() if not count} == {*self._unused}
+
+    def _full_pages(self, prefix: Prefix, num_tokens: int) -> range:
+        """Indices of the full pages after a prefix, as far as they may be cached."""
+        end = num_tokens // self._page_size if self._is_enabled else 0
+        return range(_num_pages(prefix), end)
+
+    def _insert(self, key: tuple[Prefix, bytes], page: int) -> CachedPage:
+        cached = CachedPage(*key, page, _num_pages(key[0]) + 1, num_users=1)
+        self._pages[key] = cached
+        return cached
 
     def _tokens_of(self, tokens: np.ndarray, index: int) -> bytes:
         return tokens[index * self._page_size : (index + 1) * self._page_size].tobytes()

@@ -67,19 +67,31 @@ class Roster:
         self._num_arrived += 1
         self.waiting.push(sequence)
 
+    @property
+    def num_free_slots(self) -> int:
+        """Slots nobody has."""
+        return len(self._free_slots)
+
+    @property
+    def num_idle_slots(self) -> int:
+        """Slots of sequences that wait: they were preempted."""
+        num_running = sum(len(sequence.members) for sequence in self.running)
+        return self.buckets.num_slots - self.num_free_slots - num_running
+
     def num_pages(self, num_tokens: int) -> int:
         """Pages of so many tokens."""
         return -(-num_tokens // self.buckets.page_size)
 
-    def match(self, sequence: Sequence, member: Member) -> Match:
-        """What the prefix cache has of a member's text."""
-        return self.cache.match(
-            member.request.cache_namespace, sequence.text(member), sequence.max_cached(member)
-        )
+    def match(self, sequence: Sequence) -> list[Match]:
+        """What the prefix cache has of the texts of a sequence's members."""
+        return [
+            self.cache.match(m.request.cache_namespace, sequence.text(m), sequence.max_cached(m))
+            for m in sequence.members
+        ]
 
     def in_order(self) -> list[Sequence]:
         """Those who wait, the next first."""
-        return self.waiting.in_order(lambda s: len(self.match(s, s.leader).pages))
+        return self.waiting.in_order(lambda s: len(self.match(s)[0].pages))
 
     def pages_ahead(self, sequence: Sequence) -> int:
         """Pages a sequence may take in the next two windows."""
@@ -90,15 +102,16 @@ class Roster:
         """Pages those who run will soon want; a newcomer who had them would lose them again."""
         return sum(self.pages_ahead(sequence) for sequence in self.running)
 
-    def has_room(self, sequence: Sequence, matches: list[Match], reserved: int = 0) -> bool:
-        """There are slots for all members, and pages for their texts and a first token."""
-        if sum(m.slot is None for m in sequence.members) > len(self._free_slots):
-            return False
-        needed = sum(
+    def has_slots(self, sequence: Sequence) -> bool:
+        """There are slots for all members that have none."""
+        return sequence.num_slots_wanted <= self.num_free_slots
+
+    def pages_to_start(self, sequence: Sequence, matches: list[Match]) -> int:
+        """Pages it takes from those available: for the texts of all members and a first token."""
+        return sum(
             self.num_pages(sequence.prefill_len(member) + 1) - len(match.pages) + match.num_unused
             for member, match in zip(sequence.members, matches, strict=True)
         )
-        return needed + reserved <= self.cache.num_available
 
     def start(self, sequence: Sequence, matches: list[Match]) -> None:
         """Gives a waiting sequence slots, and pages for its text."""
@@ -125,14 +138,11 @@ class Roster:
         missing = self.num_pages(num_tokens) - len(member.pages)
         member.pages += self.cache.allocate(max(0, missing))
 
-    def keep(self, sequence: Sequence, member: Member, num_tokens: int) -> None:
-        """Puts a member's full pages up to a length into the prefix cache."""
+    def keep(self, sequence: Sequence, member: Member) -> None:
+        """Caches the pages a member's prefill has filled."""
         assert member.prefix is not None
-        text = sequence.text(member)
-        if not sequence.is_drawn_by_prefill:
-            # The last token is still to be fed, or was, and is fed again after a preemption.
-            num_tokens = min(num_tokens, len(text) - 1)
-        member.prefix = self.cache.extend(member.prefix, text, member.pages, num_tokens)
+        text, num_known = sequence.text(member), sequence.num_written(member)
+        member.prefix = self.cache.extend(member.prefix, text, member.pages, num_known)
 
     def preempt(self, sequence: Sequence, *, keeps_slots: bool = True) -> None:
         """Takes the pages away; the sequence is computed anew in its turn.
@@ -142,11 +152,18 @@ class Roster:
         self.running.remove(sequence)
         self._release_pages(sequence)
         if not keeps_slots:
-            self._release_slots(sequence)
+            self.take_slots(sequence)
         sequence.status = Status.WAITING
         sequence.num_retractions += 1
         self.stats.num_retractions += 1
         self.waiting.push(sequence)
+
+    def take_slots(self, sequence: Sequence) -> None:
+        """Takes slots away, and what is in them; the device must be told all of it again."""
+        for member in sequence.members:
+            if member.slot is not None:
+                self._free_slots.append(member.slot)
+            member.slot, member.is_filled = None, False
 
     def retire(self, sequence: Sequence) -> None:
         """Ends a sequence; what it has is free at once."""
@@ -155,7 +172,7 @@ class Roster:
         else:
             self.running.remove(sequence)
             self._release_pages(sequence)
-        self._release_slots(sequence)
+        self.take_slots(sequence)
         sequence.status = Status.FINISHED
         self.stats.num_finished += 1
 
@@ -180,19 +197,9 @@ class Roster:
         assert sorted(slots) == list(range(self.buckets.num_slots)), "slots do not add up"
 
     def _release_pages(self, sequence: Sequence) -> None:
-        """Gives the pages back, after the cache took those that are full of known tokens."""
+        """Gives the pages back; what is full of known tokens stays cached."""
         for member in sequence.members:
             assert member.prefix is not None
-            num_known = member.num_prefilled
-            if sequence.status is Status.RUNNING:
-                text_len = len(member.request.prompt_ids) + len(sequence.output_ids)
-                num_known = max(num_known, text_len - 1)
-            self.keep(sequence, member, num_known)
-            self.cache.release(member.prefix, member.pages)
+            text, num_known = sequence.text(member), sequence.num_written(member)
+            self.cache.release(member.prefix, text, member.pages, num_known)
             member.prefix, member.pages = None, []
-
-    def _release_slots(self, sequence: Sequence) -> None:
-        for member in sequence.members:
-            if member.slot is not None:
-                self._free_slots.append(member.slot)
-            member.slot, member.is_filled = None, False

@@ -19,6 +19,7 @@ from jaxengine.scheduler.policy import Policy
 from jaxengine.scheduler.prefill import STREAM_CHUNK_TOKENS, PrefillDraft
 from jaxengine.scheduler.roster import Roster, SchedulerStats
 from jaxengine.scheduler.sequence import Sequence, Status
+from jaxengine.scheduler.urgency import make_room
 from jaxengine.types import DRAW_ERRORS, SequenceRequest, SequenceUpdate, StopReason
 
 MAX_PREFILLS_IN_A_ROW = 16
@@ -75,6 +76,16 @@ class Scheduler:
         return self._roster.cache.num_available
 
     @property
+    def num_cached_pages(self) -> int:
+        """Pages the prefix cache has, those in use included."""
+        return self._roster.cache.num_cached
+
+    @property
+    def num_free_slots(self) -> int:
+        """Sequences that could start now if there were pages for them."""
+        return self._roster.num_free_slots
+
+    @property
     def num_pages(self) -> int:
         """Pages in all."""
         return self._pool.capacity
@@ -100,12 +111,19 @@ class Scheduler:
             self._roster.retire(sequence)
         return sequence
 
+    def preempt_all(self) -> None:
+        """Lets everyone wait again; nothing may be in flight."""
+        for sequence in self._roster.running[::-1]:
+            self._roster.preempt(sequence)
+
     def flush_cache(self) -> None:
         """Forgets all prefixes; those who run go on with the pages they have."""
         self._roster.cache.flush()
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can run before a commit."""
+        if not make_room(self._roster):
+            return None
         plan = self._plan_prefill() if self._prefill_is_due() else None
         plan = plan or plan_decode(self._roster, self._is_ready) or self._plan_prefill()
         if plan is not None:
@@ -185,15 +203,16 @@ class Scheduler:
         kept = {name: leaf[: len(drawn.token_ids)] for name, leaf in leaves.items()}
         sequence.output_ids += new
         self.stats.num_generated_tokens += len(new)
-        update = SequenceUpdate(sequence.seq_id, new, kept, prompt_leaves)
         if drawn.finish or drawn.error:
             self.finish(sequence.seq_id)
-            return _last(sequence, update._replace(finish=drawn.finish, error=drawn.error))
-        return update if new or prompt_leaves else None
+            return sequence.last_update(new, kept, prompt_leaves, drawn.finish, drawn.error)
+        if not new and not prompt_leaves:
+            return None
+        return SequenceUpdate(sequence.seq_id, new, kept, prompt_leaves)
 
     def _fail(self, sequence: Sequence, error: Exception) -> SequenceUpdate:
         self.finish(sequence.seq_id)
-        return _last(sequence, SequenceUpdate(sequence.seq_id, [], error=error))
+        return sequence.last_update(error=error)
 
 
 class _Drawn(NamedTuple):
@@ -229,12 +248,6 @@ def _prompt_leaves(
     is_wanted = targets != -1
     sequence.first_unscored += int(is_wanted.sum())
     return {name: leaf[row][is_wanted] for name, leaf in result.prompt_leaves.items()}
-
-
-def _last(sequence: Sequence, update: SequenceUpdate) -> SequenceUpdate:
-    return update._replace(
-        cached_tokens=sequence.cached_tokens, num_retractions=sequence.num_retractions
-    )
 
 
 def _by_arrival(sequences: set[Sequence]) -> list[Sequence]:

@@ -1,5 +1,6 @@
 """One sample of one prompt while it lives in the engine: counters, pages, tokens."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from jaxengine.scheduler.plan import PageWrite
 from jaxengine.scheduler.prefix_cache import Prefix
-from jaxengine.types import SequenceRequest
+from jaxengine.types import SequenceRequest, SequenceUpdate, StopReason
 
 
 class Status(Enum):
@@ -72,6 +73,7 @@ class Sequence:
       num_in_flight: Rows dispatched and not yet committed.
       num_retractions: How often it was preempted.
       was_started: It has run before.
+      is_overdue: Too many later ones were faster, so it is first now, and stays when it runs.
       cached_tokens: Prompt tokens that were not computed when it first started.
       next_target: The first prompt token whose logprob no step was asked for yet.
       first_unscored: The same, of steps that were committed.
@@ -86,6 +88,7 @@ class Sequence:
     num_in_flight: int = 0
     num_retractions: int = 0
     was_started: bool = False
+    is_overdue: bool = False
     cached_tokens: int = 0
     next_target: int = 0
     first_unscored: int = 0
@@ -112,6 +115,16 @@ class Sequence:
         return max(1, self.request.max_new_tokens) - self.num_scheduled
 
     @property
+    def num_slots_wanted(self) -> int:
+        """Slots it lacks."""
+        return sum(member.slot is None for member in self.members)
+
+    @property
+    def is_bound_to_slots(self) -> bool:
+        """The state its sampler has in them cannot be had again."""
+        return self.request.is_stateful and bool(self.output_ids)
+
+    @property
     def is_drawn_by_prefill(self) -> bool:
         """The prefill draws the first token; companions draw it together, in a decode window."""
         return not self.output_ids and len(self.members) == 1
@@ -128,6 +141,17 @@ class Sequence:
         fed to the first decode step."""
         text_len = len(member.request.prompt_ids) + len(self.output_ids)
         return text_len if self.is_drawn_by_prefill else max(1, text_len - 1)
+
+    def num_written(self, member: Member) -> int:
+        """Known tokens that are in the pages, or will be after what is under way.
+
+        The last one is still to be fed, or has been, or is fed a second time; so it never counts
+        but where the prefill draws.
+        """
+        if self.is_drawn_by_prefill:
+            return member.num_prefilled
+        most = len(member.request.prompt_ids) + len(self.output_ids) - 1
+        return most if self.status is Status.RUNNING else min(member.num_prefilled, most)
 
     def max_cached(self, member: Member) -> int:
         """Tokens the prefix cache may serve: not the last to compute, and none of those whose
@@ -147,3 +171,23 @@ class Sequence:
         targets[first - start - 1 : end - start - 1] = prompt[first:end]
         self.next_target = end
         return targets
+
+    def last_update(
+        self,
+        token_ids: Iterable[int] = (),
+        leaves: Mapping[str, np.ndarray] = {},
+        prompt_leaves: Mapping[str, np.ndarray] = {},
+        finish: StopReason | None = None,
+        error: Exception | None = None,
+    ) -> SequenceUpdate:
+        """The update that ends it."""
+        return SequenceUpdate(
+            self.seq_id,
+            [*token_ids],
+            leaves,
+            prompt_leaves,
+            finish,
+            error,
+            cached_tokens=self.cached_tokens,
+            num_retractions=self.num_retractions,
+        )
