@@ -366,9 +366,9 @@ def check_shapes(plan: StepPlan, buckets: Buckets) -> None:
         assert plan.num_rows in buckets.decode_rows and len(slots) <= plan.num_rows
         assert 0 < plan.num_steps <= buckets.max_window_steps
         assert len(plan.page_writes) <= buckets.page_writes(plan.num_rows)
-        for before, row in itertools.pairwise([None, *plan.rows]):
-            follows = before is not None and row.member == before.member + 1
-            assert row.member == 0 or follows, "a group is torn apart"
+        members = [row.member for row in plan.rows]
+        for before, member in itertools.pairwise([-1, *members]):
+            assert member in (0, before + 1), "a group is torn apart"
         return
     lens = [len(row.token_ids) for row in plan.rows]
     assert plan.num_tokens in buckets.prefill_tokens

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 
 @jax.tree_util.register_dataclass
@@ -28,9 +28,9 @@ class SamplingContext:
       stop_token_ids: Ids that end the sequence, -1 padded.
       slots: Row of `slot_counts` that belongs to each row of the step.
       slot_counts: Occurrences of every token among each slot's generated tokens.
-      history: The last tokens of prompt and output, oldest first, -1 padded at the front; None
+      history: i32[B, H], the last tokens of prompt and output, oldest first, -1 padded at the front; None
         unless `Needs.history` asks for it. A transform sees as many as it asked for.
-      hidden: The last layer's hidden state, after the final norm; None unless asked for.
+      hidden: [B, D], the last layer's hidden state, after the final norm; None unless asked for.
       arrays: The transform's own `arrays`.
     """
 
@@ -45,8 +45,9 @@ class SamplingContext:
     stop_token_ids: Int[Array, "*B stop"]
     slots: Int[Array, "*B"]
     slot_counts: Int[Array, "slots V"]
-    history: Int[Array, "*B H"] | None = None
-    hidden: Float[Array, "*B D"] | None = None
+    # Not `Array | None`: what asks for them has them.
+    history: Any = None
+    hidden: Any = None
     arrays: Any = ()
 
     def __getattr__(self, name: str) -> Any:

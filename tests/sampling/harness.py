@@ -60,10 +60,11 @@ def context(
         row[len(row) - len(seen) :] = seen
     lengths = jnp.asarray([len(text) for text in texts], jnp.int32)
     zeros = jnp.zeros(rows, jnp.int32)
-    seeds = jnp.asarray(np.arange(rows) if seeds is None else np.asarray(seeds), jnp.int32)
+    given = np.arange(rows) if seeds is None else np.asarray(seeds)
+    seed_lo = jnp.asarray(given, jnp.int32)
     fields: dict[str, Any] = dict(
         values=values_of(sampler.params, requests),
-        key=row_keys(zeros, seeds, lengths),
+        key=row_keys(zeros, seed_lo, lengths),
         position=lengths,
         num_generated=zeros + num_generated,
         min_new_tokens=zeros,
@@ -95,7 +96,9 @@ def _compiled(sampler: Sampler) -> Any:
 
     @functools.partial(jax.jit, static_argnums=4)
     def run(logits: Any, state: Any, ctx: Any, wants: Any, num_top: int, group: Any) -> Any:
-        return sample(sampler, logits, state, ctx, Wants(*wants, num_top), group)
+        return sample(
+            sampler, logits, state, ctx, Wants(wants[0], wants[1], wants[2], num_top), group
+        )
 
     return _STEPS.setdefault(structure_of(sampler), run)
 

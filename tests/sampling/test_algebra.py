@@ -173,7 +173,7 @@ def test_no_filter_hides_nan(name: str):
 
 
 def test_temperature_0_takes_the_lowest_of_equals_beside_random_rows():
-    logits = np.tile(np.float32([0, 3, 3, 1]), (3, 1))
+    logits = np.tile(np.asarray([0, 3, 3, 1], np.float32), (3, 1))
     sampler = default_sampler()
     requests = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.0, "top_p": 0.5}]
     for chosen in (requests, requests[:1] * 3):
@@ -223,7 +223,7 @@ def test_listed_logprobs_are_those_of_a_full_sort(width: int, levels: int):
 def test_logprobs_are_named_after_what_they_are_of():
     sampler = default_sampler()
     requests = [{"temperature": 0.5, "top_k": 2}] * B
-    ids = np.tile(np.int32([4, 0, -1]), (B, 1))
+    ids = np.tile(np.asarray([4, 0, -1], np.int32), (B, 1))
     everyone = jnp.ones(B, bool)
     wants = Wants(everyone, everyone, jnp.asarray(ids), 3)
     drawn, _ = step(sampler, LOGITS, context(sampler, requests, V), wants=wants)

@@ -62,7 +62,8 @@ def casts():
 
 @bad(r"`forgets` must return the logits as float32\[5,97\], but returned NoneType")
 def forgets():
-    return LogitsTransform(lambda logits, state, ctx: None)
+    nothing: Any = None
+    return LogitsTransform(lambda logits, state, ctx: nothing)
 
 
 @bad(r"ValueError, raised by `raises`, a part of the sampler: no such luck")

@@ -180,7 +180,7 @@ def test_green_lists_have_their_share_and_differ():
     from jaxengine.sampling.builtin.watermark import _is_green
 
     tokens = np.arange(100_000, dtype=np.uint32)
-    lists = np.stack([_is_green(np.uint32([b]), tokens, 0.25, 3) for b in range(20)])
+    lists = np.stack([_is_green(np.full(1, b, np.uint32), tokens, 0.25, 3) for b in range(20)])
     shares = lists.mean(axis=1)
     assert abs(shares - 0.25).max() < 5 * np.sqrt(0.25 * 0.75 / len(tokens))
     both = (lists[:-1] & lists[1:]).mean(axis=1)
