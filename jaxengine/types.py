@@ -14,6 +14,9 @@ import numpy as np
 MAX_STOP_TOKEN_IDS = 64
 """Most token ids that may end one request, EOS ids included."""
 
+MAX_LOGPROB_IDS = 64
+"""Most token ids whose logprobs one request may ask for."""
+
 DRAW_ERRORS = {
     -2: "the model gave NaN logits; check its weights and dtype",
     -3: "the sampler left no token to draw, or drew one outside the vocabulary",
@@ -86,6 +89,7 @@ class SequenceRequest:
       seed: Effective seed, in [0, 2**63).
       values: Sampler parameters by name, checked and encoded.
       sampler_id: Which of the engine's samplers draws.
+      sampler: That sampler itself, held so that it lives, and not looked into.
       is_stateful: The sampler keeps a state of the tokens drawn so far, which cannot be had again
         once the device has lost it.
       companions: Prompts that are continued in lockstep with this one by the same tokens; they
@@ -111,6 +115,7 @@ class SequenceRequest:
     seed: int = 0
     values: Mapping[str, Any] = field(default_factory=dict)
     sampler_id: int = 0
+    sampler: Any = field(default=None, repr=False)
     is_stateful: bool = False
     companions: tuple["SequenceRequest", ...] = ()
     is_streaming: bool = False
@@ -122,6 +127,11 @@ class SequenceRequest:
     priority: int = 0
     timeout_s: float | None = None
 
+    @property
+    def wants_lists(self) -> bool:
+        """Tokens carry logprobs of others than themselves."""
+        return bool(self.num_top_logprobs or self.logprob_ids)
+
 
 class SequenceUpdate(NamedTuple):
     """What one commit brought for one sequence.
@@ -129,7 +139,7 @@ class SequenceUpdate(NamedTuple):
     Attributes:
       seq_id: Which sequence.
       token_ids: New tokens, in order; the stop token is included.
-      leaves: What else was asked for of every new token, by name: arrays [new tokens, ...].
+      leaves: What is reported of every new token, by name: arrays [new tokens, ...].
       prompt_leaves: The same of prompt tokens, in order.
       finish: Set on the last update of a sequence.
       error: Set instead of `finish` when the sequence failed.

@@ -29,6 +29,11 @@ class Buckets:
         """Rows of a prefill of this bucket: a fixed number, about one per 32 tokens."""
         return min(self.num_slots, max(8, num_tokens // 32), num_tokens)
 
+    @property
+    def split_rows(self) -> tuple[int, ...]:
+        """Rows whose logits the split form hands from the model to a sampler."""
+        return tuple(sorted({self.num_slots, *map(self.prefill_rows, self.prefill_tokens)}))
+
     def page_writes(self, num_rows: int) -> int:
         """Page-table entries a decode window of this bucket may write."""
         per_row = -(-self.max_window_steps // self.page_size) + 1

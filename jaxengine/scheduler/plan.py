@@ -81,6 +81,11 @@ class PrefillPlan:
         """Sequences of the rows, in order."""
         return [row.seq_id for row in self.rows]
 
+    @property
+    def draws(self) -> list[bool]:
+        """Which rows draw a token."""
+        return [row.draws for row in self.rows]
+
 
 class DecodeRow(NamedTuple):
     """A running sequence and its slot.
@@ -122,6 +127,11 @@ class DecodePlan:
         """Sequences of the rows, in order."""
         return [row.seq_id for row in self.rows]
 
+    @property
+    def draws(self) -> list[bool]:
+        """Which rows draw a token: all."""
+        return [True] * len(self.rows)
+
 
 type StepPlan = PrefillPlan | DecodePlan
 
@@ -132,7 +142,8 @@ class StepResult(NamedTuple):
     Attributes:
       token_ids: int32 [rows, steps]; -1 where nothing was drawn, -2 and below where drawing failed
         (`DRAW_ERRORS`).
-      leaves: What else there is of every drawn token, by name: arrays [rows, steps, ...].
+      leaves: What is reported of every drawn token, by name, itself ("token") included: arrays
+        [rows, steps, ...].
       prompt_leaves: What there is of prompt tokens, by name: for each row of a prefill an array
         [tokens of the chunk, ...], to be read where the row's `targets` are not -1.
     """
