@@ -1,7 +1,5 @@
 """Who is next: first come, longest prefix or highest priority; and that nobody waits for ever."""
 
-from collections.abc import Callable
-
 import pytest
 
 from jaxengine.scheduler.policy import MAX_OVERTAKEN, Policy
@@ -101,9 +99,10 @@ def test_slot_with_the_state_of_a_sampler_is_not_taken():
 @pytest.mark.parametrize("policy", [LPM, PRIORITY], ids=["lpm", "priority"])
 def test_wait_is_bounded_while_better_ones_never_cease(policy: Policy):
     """One that is always worse starts after at most MAX_OVERTAKEN later ones, and then stays."""
-    better: Callable[[int], SequenceRequest] = lambda i: make_request(
-        i, 0, 8, prompt_ids=prompt(5, 13), priority=100
-    )
+
+    def better(i: int) -> SequenceRequest:
+        return make_request(i, 0, 8, prompt_ids=prompt(5, 13), priority=100)
+
     driver = Driver(make_buckets(num_slots=1), num_pages=60, policy=policy)
     driver.add(better(0))
     driver.step()
