@@ -43,7 +43,6 @@ ALLOWED = {
         "core",
         "outputs",
         "requests",
-        "runtime.samplers",
         "sampling",
         "text",
         "utils",

@@ -1,1 +1,0 @@
-"""The transforms that come with the engine, each a few lines of the algebra."""
