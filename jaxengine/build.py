@@ -21,13 +21,23 @@ from jaxengine.models import MODELS
 from jaxengine.models.family import BoundModel, Family, Params
 from jaxengine.nn.attention import ForwardContext
 from jaxengine.runtime import weights
-from jaxengine.runtime.decode_loop import COUNT_DTYPE, Steps
+from jaxengine.runtime.forward import Forward
 from jaxengine.runtime.kv_cache import max_num_pages
-from jaxengine.runtime.programs import ExecutableCache, Programs, default_cache_dir, fingerprint
-from jaxengine.runtime.runner import Runner, abstract_state, first_programs, program_specs
+from jaxengine.runtime.programs import (
+    IDLE,
+    ExecutableCache,
+    ProgramKey,
+    Programs,
+    default_cache_dir,
+    fingerprint,
+)
+from jaxengine.runtime.runner import ProgramFactory, Runner
+from jaxengine.runtime.samplers import Samplers
 from jaxengine.runtime.sharding import make_mesh
-from jaxengine.runtime.slots import SlotLayout
-from jaxengine.sampling.sampler import Sampler
+from jaxengine.runtime.slots import sampler_layout, slot_layout
+from jaxengine.runtime.state import COUNT_DTYPE
+from jaxengine.sampling.identity import are_equal
+from jaxengine.sampling.sampler import Sampler, default_sampler
 from jaxengine.scheduler.buckets import Buckets
 from jaxengine.scheduler.page_pool import PagePool
 from jaxengine.scheduler.scheduler import Scheduler
@@ -48,6 +58,7 @@ class Built:
       core: Ready to step.
       runner: Owns the device arrays.
       programs: Still compiling, perhaps.
+      samplers: The engine's own, and those that requests bring.
       model_config: The model's shape.
       config: The settings with every None resolved.
       limits: What was settled.
@@ -57,6 +68,7 @@ class Built:
     core: EngineCore
     runner: Runner
     programs: Programs
+    samplers: Samplers
     model_config: ModelConfig
     config: EngineConfig
     limits: "Limits"
@@ -170,37 +182,49 @@ def build(
         model = BoundModel(family, model_config, dtype)
         target = weights.place(model, mesh)
         context_length = _context_length(config, model_config)
-        layout = SlotLayout(sampler.params, -(-context_length // config.page_size))
+        layout = slot_layout(-(-context_length // config.page_size))
         to_load = 0 if params is not None else _num_bytes(target)
-        limits = settle(config, model_config, layout.width, to_load, device)
+        slot_width = layout.width + sampler_layout(sampler).width
+        limits = settle(config, model_config, slot_width, to_load, device)
         config = fill_in(config, limits)
-        steps = Steps(
+        forward = Forward(
             model=model,
-            sampler=sampler,
             layout=layout,
             buckets=limits.buckets,
             ctx=ForwardContext(mesh=mesh),
+            num_top=config.max_top_logprobs,
         )
-        state = abstract_state(steps, mesh, limits.num_pages, dtype)
-        specs = program_specs(steps, target, state, mesh)
-        cache = _executable_cache(config, model_config, limits, layout.describe())
+        samplers = Samplers(forward, sampler)
+        factory = ProgramFactory(forward, target, mesh, limits.num_pages, dtype)
+        own = samplers.own.steps
+        # The cache's keys cover this package's source, not that of a sampler from outside.
+        specs = factory.fused(own, is_cached=are_equal(sampler, default_sampler()))
+        specs |= factory.admit()
+        shapes = (layout.describe(), own.layout.describe(), own.result.describe())
+        cache = _executable_cache(config, model_config, limits, shapes)
     logger.info("resolved configuration:\n%s", config.describe())
     # Compiling needs shapes only, so it overlaps with loading the weights.
-    first = first_programs(steps.buckets)
-    programs = Programs(specs, first=first, cache=cache, progress=progress)
+    programs = Programs(specs, first=factory.first(), cache=cache, progress=progress)
+    if device.platform == "gpu":
+        # On a CPU, compiling what may never be needed would take the cores the engine runs on.
+        programs.add(factory.forwards(), IDLE)
     try:
         with clock("weights"):
             if params is not None:
                 arrays = weights.check_params(params, target)
             else:
                 arrays = _load_params(config, family, model_config, target, progress)
-        runner = Runner(steps, arrays, state, programs)
+        runner = Runner(factory, arrays, samplers, programs)
     except BaseException:
         programs.stop()
         raise
-    scheduler = Scheduler(steps.buckets, PagePool(limits.num_pages), programs.is_ready)
+    scheduler = Scheduler(
+        limits.buckets,
+        PagePool(limits.num_pages),
+        lambda key: programs.is_ready(ProgramKey(*key)),
+    )
     core = EngineCore(scheduler, runner)
-    return Built(core, runner, programs, model_config, config, limits, seconds)
+    return Built(core, runner, programs, samplers, model_config, config, limits, seconds)
 
 
 def _load_params(

@@ -87,6 +87,7 @@ class EngineConfig:
       max_window_steps: Longest decode window, in steps.
       decode_buckets: Batch sizes decode windows are compiled for, ascending; chosen when None.
       prefill_buckets: Packed prefill lengths in tokens, ascending; chosen when None.
+      max_top_logprobs: Most `top_logprobs_num` a request may ask for.
       random_seed: Seed from which requests without one draw theirs; fresh when None.
       served_model_name: Name in outputs; `model_path` when None.
       trust_remote_code: Passed to transformers for the tokenizer.
@@ -112,6 +113,7 @@ class EngineConfig:
     max_window_steps: int = 32
     decode_buckets: tuple[int, ...] | None = None
     prefill_buckets: tuple[int, ...] | None = None
+    max_top_logprobs: int = 20
     random_seed: int | None = None
     served_model_name: str | None = None
     trust_remote_code: bool = False
@@ -132,6 +134,7 @@ class EngineConfig:
             "max_total_tokens",
             "page_size",
             "max_window_steps",
+            "max_top_logprobs",
         ):
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):

@@ -21,8 +21,9 @@ from jaxengine.errors import PromptTooLongError, RequestError
 from jaxengine.log import logger
 from jaxengine.outputs import SequenceOutput
 from jaxengine.params import SamplingParams, derive_seed, fresh_seed
-from jaxengine.requests import ParsedCall, PromptRequest, parse_call
-from jaxengine.sampling import Sampler, default_sampler
+from jaxengine.requests import ParsedCall, PromptRequest, group_size, parse_call
+from jaxengine.runtime.samplers import LiveSampler
+from jaxengine.sampling import as_sampler, default_sampler
 from jaxengine.text.detokenizer import Detokenizer, Vocabulary
 from jaxengine.text.tokenizer import encode, eos_token_ids, load_tokenizer
 from jaxengine.types import MAX_STOP_TOKEN_IDS, SequenceRequest, SequenceUpdate, StopReason
@@ -47,7 +48,7 @@ class Engine:
         self,
         model_path: str | os.PathLike[str] = "",
         *,
-        sampler: Sampler | None = None,
+        sampler: Any = None,
         params: dict[str, Any] | None = None,
         model_config: ModelConfig | None = None,
         tokenizer: Any = None,
@@ -74,9 +75,6 @@ class Engine:
         config = EngineConfig.from_kwargs({"model_path": str(model_path), **settings})
         if (params is None) != (model_config is None):
             raise TypeError("`params` and `model_config` go together; pass both or neither.")
-        if sampler is not None:
-            # The cache's keys cover this package's source, not that of a sampler from outside.
-            config = dataclasses.replace(config, executable_cache=False)
         if "log_level" in settings:
             logger.setLevel(config.log_level.upper())
         progress = sys.stderr.isatty() if config.progress is None else config.progress
@@ -85,13 +83,14 @@ class Engine:
             folder = config.tokenizer_path or builder.resolve_folder(config)
             self.tokenizer = load_tokenizer(folder, config.trust_remote_code, config.revision)
         self._vocabulary = Vocabulary(self.tokenizer) if self.tokenizer is not None else None
-        self._sampler = sampler or default_sampler()
+        own = default_sampler() if sampler is None else as_sampler(sampler)
         built = builder.build(
-            config, self._sampler, params=params, model_config=model_config, progress=progress
+            config, own, params=params, model_config=model_config, progress=progress
         )
         self.config, self.model_config = built.config, built.model_config
         self._limits = built.limits
         self._programs, self._core, self._built_seconds = built.programs, built.core, built.seconds
+        self._samplers, self._runner = built.samplers, built.runner
         self._eos = eos_token_ids(self.tokenizer, self.model_config.eos_token_ids)
         self._seq_ids = itertools.count()
         self._rids: dict[str, list[SequenceRequest]] = {}
@@ -124,6 +123,13 @@ class Engine:
         input_ids: Any = None,
         *,
         return_logprob: Any = False,
+        logprob_start_len: Any = None,
+        top_logprobs_num: Any = None,
+        token_ids_logprob: Any = None,
+        return_text_in_logprobs: bool = False,
+        sampler: Any = None,
+        capture: Any = None,
+        companions: Any = None,
         stream: bool = False,
         rid: Any = None,
         **others: Any,
@@ -137,7 +143,21 @@ class Engine:
             checked: what is wrong is a `RequestError` that names it.
           sampling_params: A dict or `SamplingParams` for all prompts, or a list, one a prompt.
           input_ids: Token ids instead of text.
-          return_logprob: Report the logprob of every generated token.
+          return_logprob: Report the logprob of every generated token: `output_token_logprobs`, as
+            SGLang after penalties, bias and temperature and before the filters;
+            `output_token_raw_logprobs`, the model's own; `output_token_processed_logprobs`, of the
+            distribution it was drawn from.
+          logprob_start_len: With it, also report the model's own logprobs of the prompt's tokens
+            from this one on; -1 for none.
+          top_logprobs_num: With it, the so many most likely tokens at every place.
+          token_ids_logprob: With it, the logprobs of these ids at every place.
+          return_text_in_logprobs: Give the tokens' text in these lists.
+          sampler: What turns logits into tokens for this call: a `Sampler`, a transform, a draw, or
+            any function `(logits, ctx) -> token`. See `jaxengine.sampling`.
+          capture: Name -> `fn(logits, drawn, ctx) -> array [B, ...]`, traced into the loop; comes
+            back in `captures`, a numpy array with a row a token.
+          companions: Prompts that are continued in lockstep by the same tokens, for a sampler that
+            combines their logits; a list, or one list a prompt.
           stream: Give an iterator of outputs as they grow: `text` and `output_ids` so far, and
             what is new in `delta_text` and `delta_ids`; for a list also `index`.
           rid: The request's id, in `meta_info["id"]`; fresh when None.
@@ -150,7 +170,22 @@ class Engine:
           RequestError: For a bad argument; nothing of the call has been queued then.
           EngineDeadError: After `shutdown`.
         """
-        call = self._start(prompt, sampling_params, input_ids, return_logprob, stream, rid, others)
+        call = self._start(
+            prompt,
+            sampling_params,
+            input_ids,
+            return_logprob=return_logprob,
+            logprob_start_len=logprob_start_len,
+            top_logprobs_num=top_logprobs_num,
+            token_ids_logprob=token_ids_logprob,
+            return_text_in_logprobs=return_text_in_logprobs,
+            sampler=sampler,
+            capture=capture,
+            companions=companions,
+            stream=stream,
+            rid=rid,
+            others=others,
+        )
         return call if stream else call.collect()
 
     async def async_generate(
@@ -160,6 +195,13 @@ class Engine:
         input_ids: Any = None,
         *,
         return_logprob: Any = False,
+        logprob_start_len: Any = None,
+        top_logprobs_num: Any = None,
+        token_ids_logprob: Any = None,
+        return_text_in_logprobs: bool = False,
+        sampler: Any = None,
+        capture: Any = None,
+        companions: Any = None,
         stream: bool = False,
         rid: Any = None,
         **others: Any,
@@ -168,7 +210,22 @@ class Engine:
 
         With `stream=True` the awaited result is an async iterator, as in SGLang.
         """
-        call = self._start(prompt, sampling_params, input_ids, return_logprob, stream, rid, others)
+        call = self._start(
+            prompt,
+            sampling_params,
+            input_ids,
+            return_logprob=return_logprob,
+            logprob_start_len=logprob_start_len,
+            top_logprobs_num=top_logprobs_num,
+            token_ids_logprob=token_ids_logprob,
+            return_text_in_logprobs=return_text_in_logprobs,
+            sampler=sampler,
+            capture=capture,
+            companions=companions,
+            stream=stream,
+            rid=rid,
+            others=others,
+        )
         return call if stream else await call.acollect()
 
     def abort(self, rid: str) -> None:
@@ -219,29 +276,48 @@ class Engine:
         prompt: Any,
         sampling_params: Any,
         input_ids: Any,
-        return_logprob: Any,
+        *,
+        sampler: Any,
+        capture: Any,
+        companions: Any,
+        return_text_in_logprobs: bool,
         stream: bool,
-        rid: Any,
-        others: Mapping[str, Any],
+        **arguments: Any,
     ) -> Call:
+        size = group_size(prompt, input_ids, companions) if companions else 1
+        live = self._live_sampler(sampler, capture, size)
         parsed = parse_call(
             prompt,
             sampling_params,
             input_ids,
-            return_logprob=return_logprob,
-            rid=rid,
-            others=others,
-            specs=self._sampler.params,
+            companions=companions,
+            specs=live.steps.sampler.params,
             vocab_size=self.model_config.vocab_size,
+            max_top_logprobs=self.config.max_top_logprobs,
             tokenizer=self.tokenizer,
+            **arguments,
         )
         prompt_ids = self._tokenize(parsed)
         samples = [
-            self._sequence(request, ids, sample, is_streaming=stream)
+            self._sequence(request, ids, sample, live, is_streaming=stream)
             for request, ids in zip(parsed.requests, prompt_ids, strict=True)
             for sample in range(parsed.n)
         ]
-        return self._submit(parsed, samples, stream)
+        # Compiled here, not in the engine's thread: nobody else waits for it.
+        scores = any(sample.logprob_start is not None for sample in samples)
+        self._runner.prepare(live, scores=scores)
+        return self._submit(parsed, samples, stream, has_text=bool(return_text_in_logprobs))
+
+    def _live_sampler(self, sampler: Any, capture: Any, group_size: int) -> LiveSampler:
+        """The call's sampler bound to this engine; the engine's own when it brings none."""
+        if sampler is None and not capture and group_size == 1:
+            return self._samplers.own
+        chosen = self._samplers.own.steps.sampler if sampler is None else as_sampler(sampler)
+        if capture:
+            if not isinstance(capture, Mapping) or not all(map(callable, capture.values())):
+                raise RequestError("`capture` must map names to functions (logits, drawn, ctx).")
+            chosen = chosen._replace(capture={**chosen.capture, **capture})
+        return self._samplers.get(chosen, group_size, forget=self._programs.drop)
 
     def _tokenize(self, parsed: ParsedCall) -> list[np.ndarray]:
         texts = [r.text for r in parsed.requests if r.text is not None]
@@ -254,7 +330,13 @@ class Engine:
         return [np.asarray(row, np.int32) for row in rows]
 
     def _sequence(
-        self, request: PromptRequest, ids: np.ndarray, sample: int, *, is_streaming: bool
+        self,
+        request: PromptRequest,
+        ids: np.ndarray,
+        sample: int,
+        live: LiveSampler,
+        *,
+        is_streaming: bool,
     ) -> SequenceRequest:
         params = request.params
         stop_ids = tuple(dict.fromkeys((*(params.stop_token_ids or ()), *self._eos)))
@@ -263,19 +345,44 @@ class Engine:
                 f"`stop_token_ids` of prompt {request.index} and the model's own are "
                 f"{len(stop_ids)} ids; at most {MAX_STOP_TOKEN_IDS} are possible."
             )
-        return SequenceRequest(
+        if request.logprob_start is not None and request.logprob_start > len(ids):
+            raise RequestError(
+                f"`logprob_start_len` of prompt {request.index} must be at most its length, "
+                f"{len(ids)} tokens, got {request.logprob_start}."
+            )
+        companions = [
+            np.asarray(encode(self.tokenizer, [c])[0], np.int32) if isinstance(c, str) else c
+            for c in request.companions
+        ]
+        longest = max(len(text) for text in (ids, *companions))
+        is_exact = params.seed_mode == "exact"
+        seed = self._seed(params.seed)
+        alone = SequenceRequest(
             seq_id=next(self._seq_ids),
             rid=request.rid,
             prompt_ids=ids,
-            max_new_tokens=self._max_new_tokens(request, len(ids)),
+            max_new_tokens=self._max_new_tokens(request, longest),
             min_new_tokens=params.min_new_tokens,
             stop_token_ids=stop_ids,
             ignore_eos=params.ignore_eos,
-            seed=derive_seed(self._seed(params.seed), request.index, sample),
+            seed=seed if is_exact else derive_seed(seed, request.index, sample),
             values=request.values,
+            sampler_id=live.sampler_id,
+            sampler=live,
+            is_stateful=live.is_stateful,
             is_streaming=is_streaming,
             wants_logprobs=request.return_logprob,
+            num_top_logprobs=request.num_top_logprobs,
+            logprob_ids=request.logprob_ids,
+            logprob_start=request.logprob_start,
         )
+        grouped = tuple(
+            dataclasses.replace(
+                alone, seq_id=next(self._seq_ids), prompt_ids=text, logprob_start=None
+            )
+            for text in companions
+        )
+        return dataclasses.replace(alone, companions=grouped) if grouped else alone
 
     def _seed(self, seed: int | None) -> int:
         if seed is not None:
@@ -300,7 +407,9 @@ class Engine:
         room = min(context, pool) - prompt_len
         return room if asked is None else min(asked, room)
 
-    def _submit(self, parsed: ParsedCall, samples: list[SequenceRequest], stream: bool) -> Call:
+    def _submit(
+        self, parsed: ParsedCall, samples: list[SequenceRequest], stream: bool, *, has_text: bool
+    ) -> Call:
         channel = Channel()
         by_prompt = itertools.chain.from_iterable(
             itertools.repeat(request, parsed.n) for request in parsed.requests
@@ -312,6 +421,7 @@ class Engine:
                 index=index,
                 detokenizer=self._detokenizer(request.params),
                 has_stop_strings=bool(request.params.stop),
+                decode=self._decode if has_text and self.tokenizer is not None else None,
                 weight_version="default",
             )
             for index, (request, sample) in enumerate(zip(by_prompt, samples, strict=True))
@@ -331,6 +441,9 @@ class Engine:
             call.close()
             raise
         return call
+
+    def _decode(self, token_id: int) -> str:
+        return self.tokenizer.decode([token_id])
 
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         if self._vocabulary is None:

@@ -4,7 +4,8 @@
     ├── ConfigError (ValueError)        a setting is unknown, out of range, or does not fit
     │   └── UnsupportedModelError       the checkpoint needs what jaxengine does not implement
     ├── RequestError (ValueError)       one request is wrong; nobody else is touched
-    │   └── PromptTooLongError          the prompt does not fit the context or the page pool
+    │   ├── PromptTooLongError          the prompt does not fit the context or the page pool
+    │   └── SamplerError                a sampler cannot be traced, or left no token to draw
     ├── CapacityError (RuntimeError)    the device cannot hold what was asked of it
     ├── WeightsError (ValueError)       missing, unexpected or misshapen tensors, all named at once
     ├── StepError (RuntimeError)        a device step failed, and the requests of that batch with it
@@ -33,6 +34,10 @@ class RequestError(JaxEngineError, ValueError):
 
 class PromptTooLongError(RequestError):
     """The prompt does not fit the context length or the page pool."""
+
+
+class SamplerError(RequestError):
+    """A sampler cannot be traced into the engine, or left no token to draw."""
 
 
 class CapacityError(JaxEngineError, RuntimeError):

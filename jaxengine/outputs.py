@@ -1,11 +1,16 @@
 """From a sequence's tokens to SGLang's output dicts. Runs in the text thread."""
 
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 from jaxengine.channel import Channel
 from jaxengine.text.detokenizer import Detokenizer
 from jaxengine.types import SequenceRequest, SequenceUpdate, StopReason
+
+type Decode = Callable[[int], str]
 
 
 class SequenceOutput:
@@ -22,6 +27,7 @@ class SequenceOutput:
         index: int,
         detokenizer: Detokenizer | None,
         has_stop_strings: bool,
+        decode: Decode | None,
         weight_version: str,
     ) -> None:
         """Args:
@@ -30,6 +36,7 @@ class SequenceOutput:
         index: Place of the sample among the call's.
         detokenizer: None when ids are all that is wanted.
         has_stop_strings: Text must be looked at as it comes.
+        decode: Gives a token's text, where logprobs are to carry it.
         weight_version: Reported with every output.
         """
         self._request = request
@@ -39,7 +46,7 @@ class SequenceOutput:
         self._watches_text = has_stop_strings or request.is_streaming
         self._weight_version = weight_version
         self._ids: list[int] = []
-        self._logprobs: list[float] = []
+        self._reports = _Reports(request, decode)
         self._undecoded: list[int] = []
         self._delta_text = ""
         self._was_answered = False
@@ -52,7 +59,7 @@ class SequenceOutput:
             return True
         num_before = len(self._ids)
         self._ids += update.token_ids
-        self._logprobs += update.logprobs
+        self._reports.push(update)
         self._undecoded += update.token_ids
         finish = self._read_text(update.finish)
         if finish is None and not (self._request.is_streaming and update.token_ids):
@@ -78,7 +85,7 @@ class SequenceOutput:
         if text.matched is not None:
             # Tokens drawn after the match are dropped: the user sees what step-by-step would give.
             del self._ids[text.num_tokens :]
-            del self._logprobs[text.num_tokens :]
+            self._reports.cut(text.num_tokens)
             return StopReason("stop", matched=text.matched)
         if finish is not None:
             self._delta_text += text.finish()
@@ -97,12 +104,8 @@ class SequenceOutput:
             "weight_version": self._weight_version,
             "num_retractions": update.num_retractions,
             "seed": request.seed,
+            **self._reports.logprobs(),
         }
-        if request.wants_logprobs:
-            pairs = zip(self._logprobs, self._ids, strict=True)
-            meta["input_token_logprobs"] = []
-            meta["output_token_logprobs"] = [(logprob, i, None) for logprob, i in pairs]
-            meta["output_token_logprobs_length"] = len(self._ids)
         if finish is not None:
             meta["e2e_latency"] = now - self._started
         if not self._was_answered:
@@ -111,4 +114,92 @@ class SequenceOutput:
         output: dict[str, Any] = {}
         if self._detokenizer is not None:
             output["text"] = self._detokenizer.text
-        return {**output, "output_ids": self._ids.copy(), "meta_info": meta}
+        output |= {"output_ids": self._ids.copy(), "meta_info": meta}
+        captures = self._reports.captures()
+        return {**output, "captures": captures} if captures else output
+
+
+class _Reports:
+    """What is reported of a sequence's tokens beside themselves: logprobs and captures."""
+
+    def __init__(self, request: SequenceRequest, decode: Decode | None) -> None:
+        self._request = request
+        self._decode = decode
+        self._kinds: dict[str, list[Any]] = {}
+        self._parts: dict[str, list[np.ndarray]] = {}
+        if request.wants_logprobs:
+            kinds = ["token", "raw", "processed"]
+            kinds += ["top"] * bool(request.num_top_logprobs)
+            kinds += ["token_ids"] * bool(request.logprob_ids)
+            self._kinds = {f"output_{kind}": [] for kind in kinds}
+            inputs = [kind for kind in kinds if kind not in ("raw", "processed")]
+            self._kinds |= {f"input_{kind}": [] for kind in inputs}
+
+    def push(self, update: SequenceUpdate) -> None:
+        """Takes what a step brought."""
+        if self._kinds and len(update.leaves.get("token", ())):
+            self._push_tokens("output", update.leaves, update.leaves["token"])
+            for kind in ("raw", "processed"):
+                self._kinds[f"output_{kind}"] += update.leaves[f"{kind}_logprob"].tolist()
+        if self._kinds and update.prompt_leaves:
+            self._push_prompt(update.prompt_leaves)
+        for name, leaf in update.leaves.items():
+            if name.startswith(("aux", "capture/")):
+                self._parts.setdefault(name.removeprefix("capture/"), []).append(leaf)
+
+    def cut(self, num_tokens: int) -> None:
+        """Drops what is reported of output tokens after so many."""
+        for name, values in self._kinds.items():
+            if name.startswith("output_"):
+                del values[num_tokens:]
+        self._parts = {name: [leaf[:num_tokens]] for name, leaf in self.captures().items()}
+
+    def logprobs(self) -> dict[str, Any]:
+        """SGLang's lists of `meta_info`, and the token's logprob by the two other measures."""
+        if not self._kinds:
+            return {}
+        lists = {f"{name}_logprobs": values.copy() for name, values in self._kinds.items()}
+        lists["output_token_raw_logprobs"] = lists.pop("output_raw_logprobs")
+        lists["output_token_processed_logprobs"] = lists.pop("output_processed_logprobs")
+        return {**lists, "output_token_logprobs_length": len(lists["output_token_logprobs"])}
+
+    def captures(self) -> dict[str, np.ndarray]:
+        """Arrays [tokens, ...] by name."""
+        # Samples that end in the prefill and in a window bring several parts.
+        return {name: np.concatenate(parts) for name, parts in self._parts.items()}
+
+    def _push_prompt(self, leaves: Mapping[str, np.ndarray]) -> None:
+        start, ids = self._request.logprob_start or 0, self._request.prompt_ids
+        num_before = len(self._kinds["input_token"])
+        if num_before == 0 and start == 0:
+            # Nothing comes before the first token, so it has no probability.
+            self._kinds["input_token"].append((None, int(ids[0]), self._text(ids[0])))
+            for kind in ("input_top", "input_token_ids"):
+                if kind in self._kinds:
+                    self._kinds[kind].append(None)
+            num_before = 1
+        first = start + num_before
+        self._push_tokens("input", leaves, ids[first : first + len(leaves["logprob"])])
+
+    def _push_tokens(
+        self, side: str, leaves: Mapping[str, np.ndarray], token_ids: np.ndarray
+    ) -> None:
+        request = self._request
+        self._kinds[f"{side}_token"] += self._triples(leaves["logprob"], token_ids)
+        if request.num_top_logprobs:
+            pairs = zip(leaves["top_logprobs"], leaves["top_ids"], strict=True)
+            self._kinds[f"{side}_top"] += [
+                self._triples(values[: request.num_top_logprobs], ids) for values, ids in pairs
+            ]
+        if request.logprob_ids:
+            self._kinds[f"{side}_token_ids"] += [
+                self._triples(values, request.logprob_ids) for values in leaves["id_logprobs"]
+            ]
+
+    def _triples(self, logprobs: np.ndarray, ids: Any) -> list[tuple[float, int, str | None]]:
+        # The longer of the two is padded.
+        pairs = zip(logprobs.tolist(), ids, strict=False)
+        return [(logprob, int(i), self._text(i)) for logprob, i in pairs]
+
+    def _text(self, token_id: int) -> str | None:
+        return None if self._decode is None else self._decode(int(token_id))

@@ -64,6 +64,8 @@ class SamplingParams:
       no_stop_trim: Keep what ended the text in it.
       seed: In [0, 2**63); fresh when None.
       sampling_seed: SGLang's name of `seed`.
+      seed_mode: "derived" gives every prompt and sample of a call a stream of its own; "exact"
+        uses the seed as it is for all of them, so that they share their noise.
       custom: Parameters of the engine's own sampler, by name.
     """
 
@@ -86,6 +88,7 @@ class SamplingParams:
     no_stop_trim: bool = False
     seed: int | None = None
     sampling_seed: int | None = None
+    seed_mode: str = "derived"
     custom: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -259,6 +262,7 @@ def _host_readers(specs: Mapping[str, Param], vocab_size: int) -> dict[str, Call
         "no_stop_trim": _boolean,
         "seed": seed,
         "sampling_seed": seed,
+        "seed_mode": _seed_mode,
     }
 
 
@@ -286,6 +290,12 @@ def _boolean(value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise _Bad("must be True or False")
     return bool(value)
+
+
+def _seed_mode(value: Any) -> str:
+    if value not in ("derived", "exact"):
+        raise _Bad('must be "derived" or "exact"')
+    return value
 
 
 def _stop_strings(value: Any) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxengine.errors import RequestError
 from jaxengine.params import ParsedParams, SamplingParams, parse_sampling_params
-from jaxengine.types import Param
+from jaxengine.types import MAX_LOGPROB_IDS, Param
 
 _UNSUPPORTED_ARGUMENTS: dict[str, Any] = dict.fromkeys(
     """
@@ -24,12 +24,17 @@ _UNSUPPORTED_ARGUMENTS: dict[str, Any] = dict.fromkeys(
     input_embeds kv_router_hint lora_path max_thinking_tokens mm_content_hashes mm_hashes
     modalities positional_embed_overrides priority require_reasoning return_flat_raw_top_logprobs
     return_hidden_states return_prompt_token_ids return_routed_experts return_sampling_mask
-    return_text_in_logprobs routed_dp_rank session_id session_params token_ids_logprob video_data
+    routed_dp_rank session_id session_params video_data
     """.split()
-) | {"logprob_start_len": -1, "routed_experts_start_len": 0, "top_logprobs_num": 0}
+) | {"routed_experts_start_len": 0}
 """SGLang's arguments whose feature does not exist here yet, and the number that asks for none."""
 
-_ARGUMENTS = ("input_ids", "prompt", "return_logprob", "rid", "sampling_params", "stream")
+_ARGUMENTS = tuple(
+    """
+    capture companions input_ids logprob_start_len prompt return_logprob return_text_in_logprobs
+    rid sampler sampling_params stream token_ids_logprob top_logprobs_num
+    """.split()
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,6 +49,10 @@ class PromptRequest:
       params: Checked; `stop` and `stop_token_ids` are tuples.
       values: The sampler's parameters by name, ready for the device.
       return_logprob: Output tokens carry their logprob.
+      num_top_logprobs: Tokens that have one also carry those of this many most likely ones.
+      logprob_ids: And those of these ids.
+      logprob_start: Prompt tokens from here on have one, too; None for none.
+      companions: Texts or ids of the prompts that are continued in lockstep.
     """
 
     index: int
@@ -53,6 +62,10 @@ class PromptRequest:
     params: SamplingParams
     values: Mapping[str, Any]
     return_logprob: bool = False
+    num_top_logprobs: int = 0
+    logprob_ids: tuple[int, ...] = ()
+    logprob_start: int | None = None
+    companions: tuple[str | np.ndarray, ...] = ()
 
 
 class ParsedCall(NamedTuple):
@@ -75,10 +88,15 @@ def parse_call(
     input_ids: Any,
     *,
     return_logprob: Any = False,
+    top_logprobs_num: Any = None,
+    token_ids_logprob: Any = None,
+    logprob_start_len: Any = None,
+    companions: Any = None,
     rid: Any = None,
     others: Mapping[str, Any],
     specs: Mapping[str, Param],
     vocab_size: int,
+    max_top_logprobs: int,
     tokenizer: Any,
 ) -> ParsedCall:
     """Checks the arguments of one `generate` call, which may be of any type.
@@ -88,10 +106,15 @@ def parse_call(
       sampling_params: One for all prompts, or a list with one a prompt.
       input_ids: Ids of one prompt, or a list of such; lists or numpy arrays.
       return_logprob: One for all, or a list.
+      top_logprobs_num: One for all, or a list.
+      token_ids_logprob: A list of ids for all, or a list of such lists.
+      logprob_start_len: One for all, or a list; -1 or None for none.
+      companions: A list of prompts for one bare prompt, else a list of such lists.
       rid: Public id or ids; one id and a list of prompts give `{rid}_{index}`. Fresh when None.
       others: Further keyword arguments of the call.
       specs: Parameters of the engine's sampler.
       vocab_size: Token ids are in [0, vocab_size).
+      max_top_logprobs: Limit of `top_logprobs_num`.
       tokenizer: None when the engine has none.
 
     Raises:
@@ -116,6 +139,10 @@ def parse_call(
     wants_logprob = _flags("return_logprob", return_logprob, count, is_list)
     parsed = _parsed_params(sampling_params, count, is_list, specs, vocab_size, tokenizer)
     n = _common_n(parsed)
+    tops = _integers("top_logprobs_num", top_logprobs_num, count, is_list, 0, max_top_logprobs)
+    starts = _integers("logprob_start_len", logprob_start_len, count, is_list, -1, 2**31 - 1)
+    given = _logprob_ids(token_ids_logprob, count, is_list, vocab_size)
+    friends = _companions(companions, count, is_list, vocab_size, tokenizer)
     requests = [
         PromptRequest(
             index=i,
@@ -125,10 +152,22 @@ def parse_call(
             params=parsed[i].params,
             values=parsed[i].values,
             return_logprob=wants_logprob[i],
+            # As in SGLang, `return_logprob` is what turns the others on.
+            num_top_logprobs=tops[i] * wants_logprob[i],
+            logprob_ids=given[i] if wants_logprob[i] else (),
+            logprob_start=starts[i] if wants_logprob[i] and starts[i] >= 0 else None,
+            companions=friends[i],
         )
         for i in range(count)
     ]
     return ParsedCall(requests, n, is_single=not is_list and n == 1)
+
+
+def group_size(prompt: Any, input_ids: Any, companions: Any) -> int:
+    """Prompts that are continued in lockstep: one, and its companions."""
+    is_list = not isinstance(prompt, str) if prompt is not None else _is_list_of_prompts(input_ids)
+    first = companions[0] if is_list and isinstance(companions, list | tuple) else companions
+    return 1 + len(first) if isinstance(first, list | tuple) else 1
 
 
 def _check_others(others: Mapping[str, Any], specs: Mapping[str, Param]) -> None:
@@ -234,6 +273,60 @@ def _flags(name: str, value: Any, count: int, is_list: bool) -> list[bool]:
             place = _place(name, i, is_list)
             raise RequestError(f"{place} must be True or False, got {flag!r}.")
     return [bool(flag) for flag in flags]
+
+
+def _integers(name: str, value: Any, count: int, is_list: bool, low: int, high: int) -> list[int]:
+    numbers = [min(low, 0) if v is None else v for v in _spread(name, value, count, is_list)]
+    for i, number in enumerate(numbers):
+        is_int = isinstance(number, int | np.integer) and not isinstance(number, bool)
+        if not is_int or not low <= number <= high:
+            place = _place(name, i, is_list)
+            raise RequestError(f"{place} must be an integer in [{low}, {high}], got {number!r}.")
+    return [int(number) for number in numbers]
+
+
+def _logprob_ids(value: Any, count: int, is_list: bool, vocab_size: int) -> list[tuple[int, ...]]:
+    if value is None or len(value) == 0:
+        return [()] * count
+    nested = [isinstance(item, list | tuple | np.ndarray) or item is None for item in value]
+    rows = list(value) if any(nested) else [value] * count
+    if any(nested) and (not is_list or len(rows) != count):
+        raise RequestError(f"`token_ids_logprob` has {len(rows)} lists for {count} prompts.")
+    ids = []
+    for i, row in enumerate(rows):
+        place = _place("token_ids_logprob", i, is_list)
+        row_ids = [] if row is None or len(row) == 0 else _token_ids(row, place, vocab_size)
+        if len(row_ids) > MAX_LOGPROB_IDS:
+            raise RequestError(f"{place} has {len(row_ids)} ids; the limit is {MAX_LOGPROB_IDS}.")
+        ids.append(tuple(int(token_id) for token_id in row_ids))
+    return ids
+
+
+def _companions(
+    value: Any, count: int, is_list: bool, vocab_size: int, tokenizer: Any
+) -> list[tuple[str | np.ndarray, ...]]:
+    """The companions of every prompt; all prompts have equally many."""
+    if value is None:
+        return [()] * count
+    rows = value if is_list else [value]
+    if not isinstance(rows, list | tuple) or len(rows) != count:
+        raise RequestError(f"`companions` must hold one list of prompts for each of {count}.")
+    parsed = []
+    for i, row in enumerate(rows):
+        place = _place("companions", i, is_list)
+        if not isinstance(row, list | tuple) or len(row) != len(rows[0]) or not row:
+            raise RequestError(
+                f"{place} must be a list of prompts, as many for every prompt and at least one."
+            )
+        parsed.append(
+            tuple(
+                _texts(item, False, tokenizer)[0]
+                if isinstance(item, str)
+                else _token_ids(item, place, vocab_size)
+                for item in row
+            )
+        )
+    return parsed
 
 
 def _spread(name: str, value: Any, count: int, is_list: bool) -> list[Any]:

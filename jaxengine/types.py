@@ -5,7 +5,7 @@ Dimension key (shapes in annotations and name suffixes):
     N query heads · K kv heads · H head dim · D model · F ffn · V vocab · L layers
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +13,15 @@ import numpy as np
 
 MAX_STOP_TOKEN_IDS = 64
 """Most token ids that may end one request, EOS ids included."""
+
+MAX_LOGPROB_IDS = 64
+"""Most token ids whose logprobs one request may ask for."""
+
+DRAW_ERRORS = {
+    -2: "the model gave NaN logits; check its weights and dtype",
+    -3: "the sampler left no token to draw, or drew one outside the vocabulary",
+}
+"""What the device reports instead of a token, and what it means."""
 
 NULL_PAGE = 0
 """Page 0 is never handed out: dead and padded rows write there, and its content is garbage."""
@@ -79,8 +88,21 @@ class SequenceRequest:
       ignore_eos: No token ends the sequence, only its length.
       seed: Effective seed, in [0, 2**63).
       values: Sampler parameters by name, checked and encoded.
+      sampler_id: Which of the engine's samplers draws.
+      sampler: That sampler itself, held so that it lives, and not looked into.
+      is_stateful: The sampler keeps a state of the tokens drawn so far, which cannot be had again
+        once the device has lost it.
+      companions: Prompts that are continued in lockstep with this one by the same tokens; they
+        have ids of their own and report nothing.
       is_streaming: Someone reads tokens as they come, so windows stay short.
       wants_logprobs: Tokens carry their logprob.
+      num_top_logprobs: Tokens carry those of this many most likely ones.
+      logprob_ids: Tokens carry the logprobs of these ids.
+      logprob_start: Prompt tokens from this one on carry theirs, the first token of all excepted;
+        None for none. The prefix cache is used up to there.
+      cache_namespace: Prefixes are shared only among those with the same one; any hashable value.
+      priority: Who is more urgent, where the policy asks for it.
+      timeout_s: Longest time from its queueing to its end; None for no limit.
     """
 
     seq_id: int
@@ -92,8 +114,23 @@ class SequenceRequest:
     ignore_eos: bool = False
     seed: int = 0
     values: Mapping[str, Any] = field(default_factory=dict)
+    sampler_id: int = 0
+    sampler: Any = field(default=None, repr=False)
+    is_stateful: bool = False
+    companions: tuple["SequenceRequest", ...] = ()
     is_streaming: bool = False
     wants_logprobs: bool = False
+    num_top_logprobs: int = 0
+    logprob_ids: tuple[int, ...] = ()
+    logprob_start: int | None = None
+    cache_namespace: Hashable = None
+    priority: int = 0
+    timeout_s: float | None = None
+
+    @property
+    def wants_lists(self) -> bool:
+        """Tokens carry logprobs of others than themselves."""
+        return bool(self.num_top_logprobs or self.logprob_ids)
 
 
 class SequenceUpdate(NamedTuple):
@@ -102,7 +139,8 @@ class SequenceUpdate(NamedTuple):
     Attributes:
       seq_id: Which sequence.
       token_ids: New tokens, in order; the stop token is included.
-      logprobs: One per token when asked for, else empty.
+      leaves: What is reported of every new token, by name: arrays [new tokens, ...].
+      prompt_leaves: The same of prompt tokens, in order.
       finish: Set on the last update of a sequence.
       error: Set instead of `finish` when the sequence failed.
       cached_tokens: Prompt tokens that were not computed, set on the last update.
@@ -111,7 +149,8 @@ class SequenceUpdate(NamedTuple):
 
     seq_id: int
     token_ids: list[int]
-    logprobs: Sequence[float] = ()
+    leaves: Mapping[str, np.ndarray] = {}
+    prompt_leaves: Mapping[str, np.ndarray] = {}
     finish: StopReason | None = None
     error: Exception | None = None
     cached_tokens: int = 0

@@ -1,8 +1,9 @@
 """A device made of Python: runs plans in order, as `runtime/decode_loop.py` does, and checks every
 page it reads. It knows plans and nothing else of the scheduler. No jax."""
 
+import itertools
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -50,9 +51,14 @@ def make_request(
     ignore_eos: bool = False,
     is_streaming: bool = False,
     wants_logprobs: bool = False,
+    prompt_ids: Sequence[int] | None = None,
+    **others: Any,
 ) -> SequenceRequest:
     """A request; `script` says which token is drawn at some places of its output."""
-    ids = (np.arange(prompt_len) * (2 * seed + 3) + seed + seq_id) % VOCAB_SIZE
+    if prompt_ids is None:
+        ids = (np.arange(prompt_len) * (2 * seed + 3) + seed + seq_id) % VOCAB_SIZE
+    else:
+        ids = np.asarray(prompt_ids)
     return SequenceRequest(
         seq_id=seq_id,
         rid=f"request-{seq_id}",
@@ -65,6 +71,7 @@ def make_request(
         values={"script": script or {}},
         is_streaming=is_streaming,
         wants_logprobs=wants_logprobs,
+        **others,
     )
 
 
@@ -102,13 +109,22 @@ def oracle(request: SequenceRequest) -> Ending:
             return Ending(tokens, StopReason("stop", matched=last))
 
 
+def marks_of(namespace: Hashable, tokens: np.ndarray) -> np.ndarray:
+    """What K/V is, for every token of a text: a number of the token and all before it."""
+    marks, mark = np.zeros(len(tokens), np.int64), hash(namespace)
+    for i, token in enumerate(tokens.tolist()):
+        mark = marks[i] = hash((mark, token)) >> 1
+    return marks
+
+
 @dataclass
 class FakeSlot:
     """A row of the slot table.
 
     Attributes:
       request: Whose row it is.
-      expected: int [text, 3]: what must stand in the pages for every position of the text.
+      text: Its prompt, and what its leader will have drawn at the end.
+      marks: What must stand in the pages for every position of the text.
       page_table: Page ids.
       token: Last token drawn, not yet in the pages.
       position: Where it will be written.
@@ -118,7 +134,8 @@ class FakeSlot:
     """
 
     request: SequenceRequest
-    expected: np.ndarray
+    text: np.ndarray
+    marks: np.ndarray
     page_table: np.ndarray
     token: int = 0
     position: int = 0
@@ -137,6 +154,13 @@ class FakeSlot:
         is_stop = self.token in request.stop_token_ids and not request.ignore_eos
         is_last = self.num_generated >= request.max_new_tokens
         self.is_done = self.token < 0 or is_stop or is_last
+        return self.token
+
+    def follow(self, leader: "FakeSlot") -> int:
+        """Goes on with the token a leader has drawn."""
+        self.token, self.is_done = leader.token, leader.is_done
+        self.num_generated = leader.num_generated
+        self.position += 1
         return self.token
 
 
@@ -160,7 +184,9 @@ class FakeRunner:
       buckets: Shapes a plan may have.
       num_pages: Pages of the cache, the null page included.
       faults: Number of a dispatch, from 0, and where it fails.
-      is_eager: Run a step when it is dispatched, not when its result (or a later one) is read.
+      is_eager: Run a step when it is dispatched, not when its result (or a later one) is read;
+        `written` then holds the pages that were written since it was last cleared.
+      failing_resets: Numbers of resets that find no memory; 1 is at the start.
     """
 
     def __init__(
@@ -169,26 +195,32 @@ class FakeRunner:
         num_pages: int,
         faults: Mapping[int, Fault] | None = None,
         is_eager: bool = False,
+        failing_resets: Collection[int] = (),
     ) -> None:
+        self._failing_resets = failing_resets
         self._buckets = buckets
         self._num_pages = num_pages
         self._faults = faults or {}
         self._is_eager = is_eager
-        self._oracle_texts: dict[int, np.ndarray] = {}
+        self._texts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._leaders: dict[int, SequenceRequest] = {}
         self.plans: list[StepPlan] = []
         self.failed: list[StepPlan] = []
+        self.written: set[int] = set()
         self.num_reads = 0
         self.num_resets = 0
         self.reset()
 
     def reset(self) -> None:
         self.num_resets += 1
+        self._is_broken = True
+        if self.num_resets in self._failing_resets:
+            raise MemoryError("no room for the pages")
         self._is_broken = False
         self._queue: deque[FakeHandle] = deque()
         self._unread: deque[FakeHandle] = deque()
         self._slots: list[FakeSlot | None] = [None] * self._buckets.num_slots
-        # A place holds (sequence, position, token).
-        self._kv = np.full((self._num_pages, self._buckets.page_size, 3), -1)
+        self._kv = np.full((self._num_pages, self._buckets.page_size), -1)
 
     def dispatch(self, plan: StepPlan) -> FakeHandle:
         assert not self._is_broken, "a failed device was used again without a reset"
@@ -206,9 +238,9 @@ class FakeRunner:
 
     def read(self, handle: FakeHandle) -> StepResult:
         """The result of a step, after all that were dispatched before it."""
-        assert not self._is_broken, "a failed device was read again without a reset"
-        assert self._unread.popleft() is handle, "results are read out of order, or after a reset"
+        assert self._unread.popleft() is handle, "results are read out of order, or after a failure"
         if handle.fault == "result":
+            self._unread.clear()
             self._fail(handle.plan)
         self._run_until(handle)
         assert handle.value is not None
@@ -234,13 +266,18 @@ class FakeRunner:
         token_ids = np.full((len(plan.rows), 1), -1, np.int32)
         slots = [self._slot(row) for row in plan.rows]
         for slot, row in zip(slots, plan.rows, strict=True):
+            # Not what other rows of this plan bring: it is not there before they are computed.
+            self._attend(slot, row.start, plan.num_pages)
+        for slot, row in zip(slots, plan.rows, strict=True):
             self._feed(slot, row.start, row.token_ids, plan.num_pages)
         for i, (slot, row) in enumerate(zip(slots, plan.rows, strict=True)):
             kv_len = row.start + len(row.token_ids)
             self._attend(slot, kv_len, plan.num_pages)
             if row.draws:
                 token_ids[i, 0] = slot.draw(kv_len, int(row.token_ids[-1]))
-        return self._result(slots, token_ids)
+        targets = [np.full(1, -1) if row.targets is None else row.targets for row in plan.rows]
+        prompt_leaves = {"logprob": [np.where(t >= 0, logprob_of(t), 0.0) for t in targets]}
+        return self._result(slots, token_ids)._replace(prompt_leaves=prompt_leaves)
 
     def _decode(self, plan: DecodePlan) -> StepResult:
         self._write_pages(plan.page_writes)
@@ -254,33 +291,39 @@ class FakeRunner:
                 self._feed(slot, slot.position, np.asarray([slot.token]), plan.num_pages)
             for i, slot in active:
                 self._attend(slot, slot.position + 1, plan.num_pages)
-                token_ids[i, step] = slot.draw(slot.position + 1, slot.token)
+                member = plan.rows[i].member
+                if member == 0:
+                    token_ids[i, step] = slot.draw(slot.position + 1, slot.token)
+                else:
+                    token_ids[i, step] = slot.follow(slots[i - member])
         return self._result(slots, token_ids)
 
     def _new_slot(self, row: NewRow) -> FakeSlot:
-        request, outputs = row.request, row.output_ids
-        slot = FakeSlot(
-            request, self._expected(request), np.zeros(self._buckets.num_pages[-1], np.int64)
-        )
-        if outputs:
-            before = self._slots[row.slot]
-            slot.num_drawn = None if before is None else before.num_drawn
-            slot.token, slot.num_generated = outputs[-1], len(outputs)
-            slot.position = len(request.prompt_ids) + len(outputs) - 1
+        request, num_outputs = row.request, len(row.output_ids)
+        self._leaders |= {companion.seq_id: request for companion in request.companions}
+        text, marks = self._expected(request)
+        page_table = np.zeros(self._buckets.num_pages[-1], np.int64)
+        position = len(request.prompt_ids) + num_outputs - 1
+        slot = FakeSlot(request, text, marks, page_table, int(text[position]), position)
+        if num_outputs:
+            assert not request.is_stateful, "a stateful sampler goes on without its state"
+            slot.num_generated, slot.num_drawn = num_outputs, None
         return slot
 
-    def _expected(self, request: SequenceRequest) -> np.ndarray:
-        if request.seq_id not in self._oracle_texts:
-            text = np.concatenate([request.prompt_ids, oracle(request).token_ids])
-            parts = [np.full(len(text), request.seq_id), np.arange(len(text)), text]
-            self._oracle_texts[request.seq_id] = np.stack(parts, axis=-1)
-        return self._oracle_texts[request.seq_id]
+    def _expected(self, request: SequenceRequest) -> tuple[np.ndarray, np.ndarray]:
+        if request.seq_id not in self._texts:
+            leader = self._leaders.get(request.seq_id, request)
+            text = np.concatenate([request.prompt_ids, np.asarray(oracle(leader).token_ids, int)])
+            self._texts[request.seq_id] = text, marks_of(request.cache_namespace, text)
+        return self._texts[request.seq_id]
 
     def _write_pages(self, writes: list[PageWrite]) -> None:
         for write in writes:
             slot = self._slots[write.slot]
             assert slot is not None, "a page is written into an empty slot"
             assert 0 < write.page < self._num_pages, f"there is no page {write.page} to hand out"
+            if write.index == 0:  # new, or back after a preemption
+                slot.page_table[:] = NULL_PAGE
             assert slot.page_table[write.index] == NULL_PAGE, "a page is replaced while in use"
             slot.page_table[write.index] = write.page
 
@@ -293,23 +336,24 @@ class FakeRunner:
         positions = np.arange(start, start + len(tokens))
         pages = slot.page_table[:num_pages][positions // self._buckets.page_size]
         assert pages.all(), f"sequence {slot.request.seq_id} writes into the null page"
-        marks = self._kv[pages, positions % self._buckets.page_size]
-        marks[:, 0], marks[:, 1], marks[:, 2] = slot.request.seq_id, positions, tokens
-        self._kv[pages, positions % self._buckets.page_size] = marks
+        assert np.array_equal(tokens, slot.text[positions]), "a wrong token is fed"
+        if self._is_eager:
+            self.written.update(pages.tolist())
+        self._kv[pages, positions % self._buckets.page_size] = slot.marks[positions]
 
     def _attend(self, slot: FakeSlot, kv_len: int, num_pages: int) -> None:
-        """Every position before `kv_len` must stand in the row's pages, with the right token."""
+        """The text up to `kv_len` must stand in the row's pages."""
         num_read = -(-kv_len // self._buckets.page_size)
         pages = slot.page_table[:num_pages][:num_read]
-        got = self._kv[pages].reshape(-1, 3)[:kv_len]
-        if not np.array_equal(got, slot.expected[:kv_len]):
-            wrong = np.flatnonzero((got != slot.expected[: len(got)]).any(axis=-1))
+        got = self._kv[pages].reshape(-1)[:kv_len]
+        if not np.array_equal(got, slot.marks[:kv_len]):
+            wrong = np.flatnonzero(got != slot.marks[: len(got)])
             raise AssertionError(f"sequence {slot.request.seq_id} reads wrong K/V at {wrong}")
 
     def _result(self, slots: list[FakeSlot], token_ids: np.ndarray) -> StepResult:
         wants = np.asarray([slot.request.wants_logprobs for slot in slots], bool)[:, None]
         logprobs = np.where(wants & (token_ids >= 0), logprob_of(token_ids), 0)
-        return StepResult(token_ids, logprobs.astype(np.float32))
+        return StepResult(token_ids, {"logprob": logprobs.astype(np.float32)})
 
 
 def check_shapes(plan: StepPlan, buckets: Buckets) -> None:
@@ -322,6 +366,9 @@ def check_shapes(plan: StepPlan, buckets: Buckets) -> None:
         assert plan.num_rows in buckets.decode_rows and len(slots) <= plan.num_rows
         assert 0 < plan.num_steps <= buckets.max_window_steps
         assert len(plan.page_writes) <= buckets.page_writes(plan.num_rows)
+        members = [row.member for row in plan.rows]
+        for before, member in itertools.pairwise([-1, *members]):
+            assert member in (0, before + 1), "a group is torn apart"
         return
     lens = [len(row.token_ids) for row in plan.rows]
     assert plan.num_tokens in buckets.prefill_tokens

@@ -125,9 +125,9 @@ def test_abort_gives_slot_and_pages_back_at_once():
     for _ in range(4):
         driver.step()
     num_tokens = len(driver.tokens[0])
-    assert num_tokens > 0 and driver.pool.num_free < driver.pool.capacity
+    assert num_tokens > 0 and driver.cache.num_available < driver.pool.capacity
     driver.abort(0)
-    assert driver.pool.num_free == driver.pool.capacity
+    assert driver.cache.num_available == driver.pool.capacity
     driver.run()
     assert driver.finish_order == [1] and len(driver.tokens[0]) == num_tokens
 
@@ -139,7 +139,7 @@ def test_abort_of_the_only_request_drops_what_is_in_flight():
     driver.abort(0)
     assert driver.core.has_work  # a step is still on the device
     driver.run()
-    assert driver.tokens[0] == [] and driver.scheduler.stats.num_masked_rows == 1
+    assert driver.tokens[0] == [] and driver.runner.num_reads == 1
 
 
 def test_abort_works_in_every_state():
@@ -154,6 +154,64 @@ def test_abort_works_in_every_state():
         driver.run()
         assert driver.aborted | set(driver.endings) == {0, 1, 2, 3}
     assert not driver.core.finish(99)
+
+
+# Timeouts and pauses
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr("jaxengine.core.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_timeout_ends_requests_that_run_and_those_that_wait(clock: list[float]):
+    driver = Driver(make_buckets(num_slots=1))
+    driver.add(make_request(0, 5, 300, timeout_s=2.0), make_request(1, 5, 300, timeout_s=2.5))
+    driver.add(make_request(2, 5, 3, timeout_s=60.0))
+    assert driver.core.seconds_to_deadline == 2.0
+    for _ in range(4):
+        driver.step()
+    clock[0] += 3.0
+    driver.step()
+    finishes = [driver.endings[i].finish for i in (0, 1)]
+    assert [f.type for f in finishes if f] == ["abort", "abort"]
+    assert finishes[1] and finishes[1].message == "Timed out: `timeout_s` is 2.5."
+    assert len(driver.tokens[0]) > 0 and driver.tokens[1] == []
+    driver.run()
+    assert driver.endings[2].finish == StopReason("length", length=3)
+    clock[0] += 100.0
+    assert driver.step() == [] and driver.core.seconds_to_deadline is None
+
+
+@pytest.mark.parametrize("keeps_pages", [True, False])
+def test_pause_reads_what_is_under_way_and_starts_nothing(keeps_pages: bool):
+    driver = Driver(make_buckets(num_slots=2))
+    driver.add(*(make_request(i, 5, 100, is_streaming=i == 1) for i in range(4)))
+    for _ in range(3):
+        driver.step()
+    updates = driver.core.pause(keeps_pages=keeps_pages)
+    driver.receive(updates)
+    assert not driver.core.has_work
+    num_plans = len(driver.runner.plans)
+    driver.add(make_request(4, 5, 10))
+    assert driver.step() == [] and len(driver.runner.plans) == num_plans
+    assert driver.scheduler.num_running == (2 if keeps_pages else 0)
+    driver.core.resume()
+    driver.run()
+    assert driver.finish_order[-1] == 4
+    assert driver.scheduler.stats.num_retractions == (0 if keeps_pages else 2)
+
+
+def test_timeout_ends_requests_while_paused(clock: list[float]):
+    driver = Driver(make_buckets())
+    driver.core.pause(keeps_pages=True)
+    driver.add(make_request(0, 5, 300, timeout_s=2.0))
+    clock[0] += 3.0
+    assert not driver.core.has_work and driver.core.seconds_to_deadline == 0.0
+    driver.step()
+    assert 0 in driver.endings
 
 
 # Preemption
@@ -212,10 +270,51 @@ def test_every_step_may_fail():
     assert all(isinstance(update.error, StepError) for update in driver.endings.values())
 
 
+def test_failure_says_how_many_pages_and_bytes_were_free():
+    driver = Driver(make_buckets(), num_pages=11, faults={1: "dispatch"})
+    driver.add(make_request(0, 6, 20), make_request(1, 6, 0))
+    driver.run()
+    assert "3 KV pages (1.5 MB) of 10 KV pages (5.0 MB) were free" in str(driver.endings[0].error)
+
+
+def test_what_ran_before_a_failed_dispatch_is_delivered():
+    driver = Driver(make_buckets(), faults={2: "dispatch"})
+    driver.add(make_request(0, 6, 200, is_streaming=True))
+    driver.run()
+    assert isinstance(driver.endings[0].error, StepError)
+    assert len(driver.tokens[0]) == 1 + 8
+
+
+def test_device_state_that_cannot_be_made_anew_fails_everyone_until_it_can():
+    driver = Driver(make_buckets(), faults={1: "dispatch"}, failing_resets={2, 3})
+    driver.add(*(make_request(i, 6, 40) for i in range(3)))
+    driver.run()
+    errors = [str(driver.endings[i].error) for i in range(3)]
+    assert all("device caught fire" in error or "made anew" in error for error in errors)
+    driver.add(make_request(3, 6, 40))
+    driver.run()
+    assert "MemoryError: no room for the pages). It needs 999 KV pages (499.5 MB)" in str(
+        driver.endings[3].error
+    )
+    driver.add(make_request(4, 6, 40))
+    driver.run()
+    assert driver.endings[4].finish == StopReason("length", length=40)
+
+
+def test_state_of_a_sampler_lost_with_the_device_fails_its_request_alone():
+    # Prefill of 0 and 1, their window, prefill of 2: it fails.
+    driver = Driver(make_buckets(), faults={2: "result"})
+    driver.add(make_request(0, 6, 100, is_stateful=True), make_request(1, 6, 100))
+    driver.step()
+    driver.step()
+    driver.add(make_request(2, 6, 10))
+    driver.run()
+    assert "the state its sampler had of the tokens" in str(driver.endings[0].error)
+    assert driver.endings[1].finish == StopReason("length", length=100)
+
+
 @pytest.mark.parametrize("where", ["dispatch", "result"])
-def test_tokens_lost_in_the_failure_of_another_are_drawn_again(
-    where: Fault,
-):
+def test_tokens_lost_in_the_failure_of_another_are_drawn_again(where: Fault):
     # Prefill of 0, window of 0, prefill of 1: it fails with windows of 0 in flight.
     driver = Driver(make_buckets(), faults={2: where})
     driver.add(make_request(0, 6, 200, wants_logprobs=True))

@@ -43,6 +43,7 @@ ALLOWED = {
         "core",
         "outputs",
         "requests",
+        "runtime.samplers",
         "sampling",
         "text",
         "utils",

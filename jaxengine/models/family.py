@@ -45,6 +45,8 @@ class BoundModel:
     """A module without its arrays: `bind(params)` gives the module back, inside jit.
 
     Attributes:
+      config: The model's shape.
+      dtype: Of weights and activations.
       abstract: Shapes and dtypes of the parameters, as a nested dict.
       axes: Logical axes of the parameters, the same nesting.
     """
@@ -53,6 +55,7 @@ class BoundModel:
         module = nnx.eval_shape(lambda: family.module(config, dtype=dtype, rngs=nnx.Rngs(0)))
         self._graph, self._state = nnx.split(module)
         self.config = config
+        self.dtype = dtype
         self.abstract: Params = nnx.to_pure_dict(self._state)
         self.axes: Params = nnx.to_pure_dict(
             jax.tree.map(lambda v: v.get_metadata()["axes"], self._state, is_leaf=_is_variable)

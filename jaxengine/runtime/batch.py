@@ -1,14 +1,15 @@
 """A plan as one packed int32 array: built on the host, taken apart on the device."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxengine.runtime.slots import SlotLayout
+from jaxengine.runtime.slots import TableLayout, sampler_values, slot_values
 from jaxengine.scheduler.buckets import Buckets
 from jaxengine.scheduler.plan import DecodePlan, NewRow, PageWrite, PrefillPlan, StepPlan
+from jaxengine.types import MAX_LOGPROB_IDS
 
 DROPPED = np.iinfo(np.int32).max
 """An index out of every range; scatters drop it."""
@@ -44,17 +45,17 @@ class Packing:
         return {name: packed[where] for name, where in self._slices.items()}
 
 
-ADMIT_CELLS = 16384
-ADMIT_ROWS = 256
+EDIT_ROWS, EDIT_CELLS = 256, 16384
+"""Room for edits in one call of a program that does nothing else."""
 
 
-def admit_packing() -> Packing:
-    """Edits alone, for the overflow of the others."""
-    return Packing({"resets": ADMIT_ROWS, "cells": ADMIT_CELLS, "cell_values": ADMIT_CELLS})
+def edit_packing() -> Packing:
+    """Edits of one table alone, for the overflow of the others."""
+    return Packing({"resets": EDIT_ROWS, "cells": EDIT_CELLS, "cell_values": EDIT_CELLS})
 
 
 def prefill_packing(buckets: Buckets, num_tokens: int) -> Packing:
-    """Segments of a prefill of `num_tokens`."""
+    """Segments of a prefill of `num_tokens`; "seat_" is for the table of the sampler."""
     rows = buckets.prefill_rows(num_tokens)
     cells = num_tokens // buckets.page_size + 32 * rows
     return Packing(
@@ -64,10 +65,12 @@ def prefill_packing(buckets: Buckets, num_tokens: int) -> Packing:
             "q_starts": rows + 1,
             "kv_lens": rows,
             "draws": rows,
-            "is_new": rows,
             "resets": rows,
             "cells": cells,
             "cell_values": cells,
+            "seat_resets": rows,
+            "seat_cells": 32 * rows,
+            "seat_cell_values": 32 * rows,
         }
     )
 
@@ -75,77 +78,100 @@ def prefill_packing(buckets: Buckets, num_tokens: int) -> Packing:
 def decode_packing(buckets: Buckets, num_rows: int) -> Packing:
     """Segments of a decode window over `num_rows`."""
     cells = buckets.page_writes(num_rows)
-    return Packing({"num_steps": 1, "slot_ids": num_rows, "cells": cells, "cell_values": cells})
+    return Packing(
+        {
+            "num_steps": 1,
+            "slot_ids": num_rows,
+            "leaders": num_rows,
+            "cells": cells,
+            "cell_values": cells,
+        }
+    )
 
 
-_FILL = {"slot_ids": DROPPED, "resets": DROPPED, "cells": DROPPED}
+def draw_packing(num_rows: int) -> Packing:
+    """Segments of a draw over the logits of `num_rows`."""
+    return Packing({"slot_ids": num_rows, "draws": num_rows, "leaders": num_rows})
+
+
+def score_packing(buckets: Buckets, num_tokens: int) -> Packing:
+    """Segments of the logprobs of a prefill's prompt tokens."""
+    rows = buckets.prefill_rows(num_tokens)
+    return Packing(
+        {"targets": num_tokens, "rows": num_tokens, "logprob_ids": rows * MAX_LOGPROB_IDS}
+    )
+
+
+_FILL = {name: DROPPED for name in ("slot_ids", "resets", "cells", "seat_resets", "seat_cells")}
 
 
 class Edits(NamedTuple):
-    """Changes to the slot table: rows to reset, then cells to set."""
+    """Changes to a table: rows to reset, then cells to set."""
 
     resets: np.ndarray
     cells: np.ndarray
     cell_values: np.ndarray
 
 
-def collect_edits(
-    layout: SlotLayout, new_rows: list[NewRow], page_writes: list[PageWrite]
-) -> Edits:
-    """All changes a plan makes to the slot table."""
-    parts = [layout.cells(row) for row in new_rows]
+NO_EDITS = Edits(*(np.zeros(0, np.int32) for _ in range(3)))
+
+
+def slot_edits(layout: TableLayout, new_rows: list[NewRow], page_writes: list[PageWrite]) -> Edits:
+    """All changes a plan makes to the engine's own table."""
+    edits = _edits(layout, [(row.slot, slot_values(row)) for row in new_rows])
     pages = np.asarray(
-        [(layout.page_cell(w.slot, w.index), w.page) for w in page_writes], np.int64
+        [(layout.cell(w.slot, "page_table", w.index), w.page) for w in page_writes], np.int32
     ).reshape(-1, 2)
     return Edits(
-        np.asarray([row.slot for row in new_rows], np.int32),
-        np.concatenate([*(cells for cells, _ in parts), pages[:, 0]]).astype(np.int32),
-        np.concatenate([*(values for _, values in parts), pages[:, 1]]).astype(np.int32),
+        edits.resets,
+        np.concatenate([edits.cells, pages[:, 0]]),
+        np.concatenate([edits.cell_values, pages[:, 1]]),
     )
 
 
-def split_edits(edits: Edits) -> list[Edits]:
-    """Edits in pieces that fit the `admit` program; resets come before any cell."""
+def seat_edits(layout: TableLayout, new_rows: list[NewRow]) -> Edits:
+    """All changes to a sampler's table; `new_rows` are its own."""
+    return _edits(layout, [(row.slot, sampler_values(layout, row)) for row in new_rows])
+
+
+def _edits(layout: TableLayout, rows: list[tuple[int, dict[str, Any]]]) -> Edits:
+    parts = [layout.cells(slot, values) for slot, values in rows]
+    empty = np.zeros(0, np.int32)
+    return Edits(
+        np.asarray([slot for slot, _ in rows], np.int32),
+        np.concatenate([empty, *(cells for cells, _ in parts)]).astype(np.int32),
+        np.concatenate([empty, *(values for _, values in parts)]).astype(np.int32),
+    )
+
+
+def split_edits(edits: Edits) -> list[np.ndarray]:
+    """Edits as packed arrays that fit an edit program; resets come before any cell."""
     pieces = [
-        Edits(edits.resets[i : i + ADMIT_ROWS], edits.cells[:0], edits.cell_values[:0])
-        for i in range(0, len(edits.resets), ADMIT_ROWS)
+        Edits(edits.resets[i : i + EDIT_ROWS], edits.cells[:0], edits.cell_values[:0])
+        for i in range(0, len(edits.resets), EDIT_ROWS)
     ]
     pieces += [
         Edits(
             edits.resets[:0],
-            edits.cells[i : i + ADMIT_CELLS],
-            edits.cell_values[i : i + ADMIT_CELLS],
+            edits.cells[i : i + EDIT_CELLS],
+            edits.cell_values[i : i + EDIT_CELLS],
         )
-        for i in range(0, len(edits.cells), ADMIT_CELLS)
+        for i in range(0, len(edits.cells), EDIT_CELLS)
     ]
-    return pieces
+    return [edit_packing().pack(_FILL, piece._asdict()) for piece in pieces]
 
 
-def pack_edits(edits: Edits) -> np.ndarray:
-    """The packed array of one piece for the `admit` program."""
-    return admit_packing().pack(_FILL, edits._asdict())
+def fits(packing: Packing, edits: Edits, prefix: str = "") -> bool:
+    """Whether a packing has room for these edits."""
+    return all(len(v) <= packing.length(prefix + name) for name, v in edits._asdict().items())
 
 
-NO_EDITS = Edits(*(np.zeros(0, np.int32) for _ in range(3)))
-
-
-def pack(plan: StepPlan, buckets: Buckets, edits: Edits) -> np.ndarray | None:
-    """The packed array of a plan, or None when its edits do not fit."""
-    if isinstance(plan, PrefillPlan):
-        return pack_prefill(plan, buckets, edits)
-    return pack_decode(plan, buckets, edits)
-
-
-def pack_prefill(plan: PrefillPlan, buckets: Buckets, edits: Edits) -> np.ndarray | None:
-    """The packed array of a prefill, or None when the edits do not fit it."""
+def pack_prefill(plan: PrefillPlan, buckets: Buckets, edits: Edits, seats: Edits) -> np.ndarray:
+    """The packed array of a prefill; the edits must fit."""
     packing = prefill_packing(buckets, plan.num_tokens)
-    if not _fits(packing, edits):
-        return None
     lens = np.asarray([len(row.token_ids) for row in plan.rows], np.int32)
-    num_rows = buckets.prefill_rows(plan.num_tokens)
-    q_starts = np.full(num_rows + 1, lens.sum(), np.int32)
+    q_starts = np.full(buckets.prefill_rows(plan.num_tokens) + 1, lens.sum(), np.int32)
     q_starts[: len(lens) + 1] = np.concatenate([[0], np.cumsum(lens)])
-    new = {row.slot for row in plan.new_rows if not row.output_ids}
     return packing.pack(
         _FILL,
         {
@@ -154,21 +180,70 @@ def pack_prefill(plan: PrefillPlan, buckets: Buckets, edits: Edits) -> np.ndarra
             "q_starts": q_starts,
             "kv_lens": np.asarray([r.start for r in plan.rows]) + lens,
             "draws": np.asarray([row.draws for row in plan.rows]),
-            "is_new": np.asarray([row.slot in new for row in plan.rows]),
+            **edits._asdict(),
+            **{f"seat_{name}": value for name, value in seats._asdict().items()},
+        },
+    )
+
+
+def pack_decode(plan: DecodePlan, buckets: Buckets, num_rows: int, edits: Edits) -> np.ndarray:
+    """The packed array of a decode window over `num_rows`; the edits must fit."""
+    return decode_packing(buckets, num_rows).pack(
+        _FILL,
+        {
+            "num_steps": np.asarray([plan.num_steps]),
+            "slot_ids": np.asarray([row.slot for row in plan.rows]),
+            "leaders": _leaders(plan, num_rows),
             **edits._asdict(),
         },
     )
 
 
-def pack_decode(plan: DecodePlan, buckets: Buckets, edits: Edits) -> np.ndarray | None:
-    """The packed array of a decode window, or None when the edits do not fit it."""
-    packing = decode_packing(buckets, plan.num_rows)
-    if not _fits(packing, edits):
-        return None
-    slot_ids = np.asarray([row.slot for row in plan.rows])
-    steps = np.asarray([plan.num_steps])
-    return packing.pack(_FILL, {"num_steps": steps, "slot_ids": slot_ids, **edits._asdict()})
+def pack_draw(plan: StepPlan, num_rows: int, sampler_id: int) -> np.ndarray:
+    """The packed array of a draw by one of the plan's samplers, for its own rows."""
+    rows = zip(plan.rows, plan.draws, strict=True)
+    draws = [draws and row.sampler_id == sampler_id for row, draws in rows]
+    return draw_packing(num_rows).pack(
+        _FILL,
+        {
+            "slot_ids": np.asarray([row.slot for row in plan.rows]),
+            "draws": np.asarray(draws),
+            "leaders": _leaders(plan, num_rows),
+        },
+    )
 
 
-def _fits(packing: Packing, edits: Edits) -> bool:
-    return all(len(v) <= packing.length(name) for name, v in edits._asdict().items())
+def _leaders(plan: StepPlan, num_rows: int) -> np.ndarray:
+    """For every row the row that leads its group: itself, but for companions."""
+    leaders = np.arange(num_rows)
+    if isinstance(plan, DecodePlan):
+        leaders[: len(plan.rows)] -= [row.member for row in plan.rows]
+    return leaders
+
+
+def pack_score(
+    plan: PrefillPlan, buckets: Buckets, logprob_ids: Mapping[int, tuple[int, ...]]
+) -> np.ndarray:
+    """The packed array of the logprobs of a prefill's prompt tokens.
+
+    Args:
+      plan: The prefill.
+      buckets: All static sizes.
+      logprob_ids: Given ids of every slot that has any.
+    """
+    ids = np.full((buckets.prefill_rows(plan.num_tokens), MAX_LOGPROB_IDS), -1, np.int32)
+    targets, rows = [], []
+    for i, row in enumerate(plan.rows):
+        nothing = np.full(len(row.token_ids), -1, np.int32)
+        targets.append(nothing if row.targets is None else row.targets)
+        rows.append(nothing * 0 + i)
+        asked = logprob_ids.get(row.slot, ())
+        ids[i, : len(asked)] = asked
+    return score_packing(buckets, plan.num_tokens).pack(
+        {"targets": -1},
+        {
+            "targets": np.concatenate(targets),
+            "rows": np.concatenate(rows),
+            "logprob_ids": ids.reshape(-1),
+        },
+    )

@@ -1,406 +1,407 @@
-"""The device's part of generation: prefill, and the decode window in which no host takes part.
+"""The sampler's part of a step, and the decode window in which no host takes part.
 
-Pure functions of (params, state, packed plan). `Steps` binds what is static; its methods are what
-gets compiled, once per bucket.
+A sampler runs in one of two forms of the same functions. Fused: traced into the prefill and into
+the window. Split: a program of its own over the logits of a forward step that knows no sampler,
+chained by asynchronous dispatch; ready seconds after a notebook cell was edited.
 """
 
+import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from jaxengine.models.family import BoundModel, Params
-from jaxengine.nn.attention import AttentionMetadata, ForwardContext
-from jaxengine.runtime import batch
-from jaxengine.runtime.slots import SlotLayout
+from jaxengine.errors import SamplerError
+from jaxengine.models.family import Params
+from jaxengine.runtime import batch, results
+from jaxengine.runtime.forward import Forward
+from jaxengine.runtime.results import ResultLayout
+from jaxengine.runtime.slots import HISTORY, TableLayout, sampler_layout
+from jaxengine.runtime.state import (
+    COUNT_DTYPE,
+    Cursor,
+    DeviceState,
+    Rows,
+    Seats,
+    edit_table,
+    gather,
+    read_rows,
+    scatter,
+)
 from jaxengine.sampling.context import SamplingContext, row_keys
-from jaxengine.sampling.sampler import Sample, Sampler, sample
-from jaxengine.scheduler.buckets import Buckets
-from jaxengine.types import NULL_PAGE
-
-type Segments = dict[str, Int[Array, " n"]]
+from jaxengine.sampling.logprobs import Wants
+from jaxengine.sampling.sampler import Sample, Sampler, SamplerState, init_state, sample
+from jaxengine.sampling.transforms import select_rows
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class DeviceState:
-    """Everything a step changes; donated to it and returned by it.
-
-    Leaves are arrays, tracers, or shapes alone.
+class Results(NamedTuple):
+    """What the host may read of a step; see `results.pack`.
 
     Attributes:
-      kv_cache: A page array [pages, 2, K, page_size, H] per layer.
-      slots: The slot table, int32 [S, W]; see `SlotLayout`.
-      token_counts: How often each slot generated each token, int16 [S, V].
-      sampler: The sampler's state, a pytree with leading axis S.
+      always: Tokens, their logprobs, captures.
+      on_demand: Leaves that are copied only when a row asked for them.
     """
 
-    kv_cache: list[Any]
-    slots: Any
-    token_counts: Any
-    sampler: Any
+    always: Int[Array, " n"]
+    on_demand: Int[Array, " n"]
 
 
-class _Rows(NamedTuple):
-    """The slots of a step, read once."""
+class _Group(NamedTuple):
+    """Rows of a step as the sampler's part sees them."""
 
-    slot_ids: Int[Array, " B"]
-    is_real: Bool[Array, " B"]
-    cells: Int[Array, "B W"]
+    rows: Rows
+    params: Int[Array, "B W"]
+    leaders: Int[Array, " B"]
 
 
 class _Window(NamedTuple):
     """Carry of the decode loop."""
 
     step: Int[Array, ""]
-    token: Int[Array, " B"]
-    position: Int[Array, " B"]
-    num_generated: Int[Array, " B"]
-    is_done: Bool[Array, " B"]
+    cursor: Cursor
     kv_cache: list[Array]
     token_counts: Int[Array, "S V"]
-    sampler: Any
-    token_ids: Int[Array, "B steps"]
-    logprobs: Float[Array, "B steps"]
+    sampler: SamplerState
+    out: dict[str, Array]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Steps:
-    """The compiled steps of one engine: `admit`, `prefill` and `decode`.
+class SamplerSteps:
+    """The compiled steps that draw, for one sampler.
 
     Attributes:
-      model: The module without its arrays.
-      sampler: Traced into every step.
-      layout: Columns of the slot table.
-      buckets: All static sizes.
-      ctx: Mesh and kernels.
+      forward: The model's part.
+      sampler: Traced into every step; its `arrays` are only the shapes of arguments.
+      layout: Columns of the sampler's own table.
+      group_size: Rows that are continued by the same tokens: a prompt and its companions.
+      result: What is reported of a token.
+      owner: Id of the programs compiled of it; 0 is the engine's own sampler.
     """
 
-    model: BoundModel
+    forward: Forward
     sampler: Sampler
-    layout: SlotLayout
-    buckets: Buckets
-    ctx: ForwardContext
+    layout: TableLayout
+    group_size: int
+    result: ResultLayout
+    owner: int = 0
 
-    def admit(self, state: DeviceState, packed: Int[Array, " size"]) -> DeviceState:
-        """Edits of the slot table alone, for plans whose own room is too small."""
-        return self._edit(state, batch.admit_packing().unpack(packed))
+    @classmethod
+    def bind(
+        cls, forward: Forward, sampler: Sampler, *, group_size: int = 1, owner: int = 0
+    ) -> "SamplerSteps":
+        """Traces the sampler once over abstract rows, to learn what it keeps and reports.
+
+        Raises:
+          SamplerError: If it cannot be traced; it names the part.
+        """
+        layout = sampler_layout(sampler)
+        steps = cls(
+            forward=forward,
+            sampler=sampler,
+            layout=layout,
+            group_size=group_size,
+            result=ResultLayout({}),
+            owner=owner,
+        )
+        drawn, before, after = jax.eval_shape(steps._try_out, *steps._abstract_rows(2 * group_size))
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            if (a.shape, a.dtype) != (b.shape, b.dtype):
+                raise SamplerError(
+                    f"The sampler's `update` turns state {a.dtype}{list(a.shape)} into "
+                    f"{b.dtype}{list(b.shape)}; shape and dtype must stay as `init` gives them."
+                )
+        return dataclasses.replace(steps, result=ResultLayout(drawn.leaves))
+
+    @functools.cached_property
+    def initial_seats(self) -> Seats:
+        """Shapes of what the sampler keeps of all slots."""
+        num_slots = self.forward.buckets.num_slots
+        _, state, _ = jax.eval_shape(self._try_out, *self._abstract_rows(num_slots))
+        table = jax.ShapeDtypeStruct((num_slots, self.layout.width), jnp.int32)
+        return Seats(table=table, state=state)
+
+    def seat(self, seats: Seats, packed: Int[Array, " size"]) -> Seats:
+        """Edits of the sampler's table alone."""
+        edits = batch.edit_packing().unpack(packed)
+        return dataclasses.replace(seats, table=edit_table(self.layout, seats.table, edits))
 
     def prefill(
         self,
         params: Params,
         state: DeviceState,
+        seats: Seats,
+        arrays: Any,
         packed: Int[Array, " size"],
         *,
         num_tokens: int,
         num_pages: int,
-    ) -> tuple[DeviceState, Int[Array, " result"]]:
+    ) -> tuple[DeviceState, Seats, Results, Float[Array, "T D"]]:
         """Runs packed chunks of several prompts, and draws the first token of those that end.
 
         Args:
           params: The model's arrays.
           state: Donated.
+          seats: Donated.
+          arrays: The sampler's own.
           packed: `batch.pack_prefill`.
           num_tokens: Bucket of the packed length.
           num_pages: Bucket of pages a sequence may have.
 
         Returns:
-          The new state, and `pack_result` of one step.
+          What was donated, the results of one step, and the hidden states of all tokens.
         """
-        plan = batch.prefill_packing(self.buckets, num_tokens).unpack(packed)
-        state = self._edit(state, plan)
-        rows = self._read(state, plan["slot_ids"])
-        q_starts, kv_lens = plan["q_starts"], plan["kv_lens"]
-        q_lens = q_starts[1:] - q_starts[:-1]
-
-        token = jnp.arange(num_tokens)
-        row = jnp.searchsorted(q_starts[1:], token, side="right").astype(jnp.int32)
-        is_token = token < q_starts[-1]
-        row = jnp.where(is_token, row, 0)
-        position = jnp.where(is_token, kv_lens[row] - q_lens[row] + token - q_starts[row], 0)
-        page_table = self._column(rows, "page_table")[:, :num_pages]
-        page = page_table[row, position // self.buckets.page_size]
-        meta = AttentionMetadata(
-            page_table=page_table,
-            q_starts=q_starts,
-            kv_lens=kv_lens,
-            write_pages=jnp.where(is_token, page, NULL_PAGE),
-            write_offsets=position % self.buckets.page_size,
-            is_decode=False,
+        forward = self.forward
+        plan = batch.prefill_packing(forward.buckets, num_tokens).unpack(packed)
+        state = forward.edit(state, plan)
+        table = edit_table(self.layout, seats.table, plan, "seat_")
+        rows = read_rows(state.slots, plan["slot_ids"])
+        hidden, last, cursor, state = forward.run_prefill(params, state, rows, plan, num_pages)
+        logits = forward.model.bind(params).logits(hidden[last], forward.ctx)
+        group = self._group(rows, table, jnp.arange(len(last)))
+        before = gather(seats.state, rows.slot_ids)
+        drawn, after, end = self._draw(
+            group, cursor, logits, hidden[last], state.token_counts, before, arrays, begins=True
         )
-        model = self.model.bind(params)
-        hidden, kv_cache = model(plan["token_ids"], position, state.kv_cache, meta, self.ctx)
-
-        is_generated = is_token & (position >= self._column(rows, "prompt_len")[row])
-        counts = _count(
-            state.token_counts, rows.slot_ids[row], plan["token_ids"], is_generated, unique=False
+        drawing = jnp.where(cursor.is_done, batch.DROPPED, rows.slot_ids)
+        state = dataclasses.replace(
+            state, slots=forward.layout.write(state.slots, drawing, end._asdict())
         )
-        last = jnp.clip(q_starts[1:] - 1, 0, num_tokens - 1)
-        draws = plan["draws"].astype(bool)
-        with jax.named_scope("sample"):
-            logits = model.logits(hidden[last], self.ctx)
-            ctx = self._sampling_context(
-                rows,
-                position=kv_lens,
-                last_token=plan["token_ids"][last],
-                num_generated=jnp.zeros_like(kv_lens),
-                active=draws,
-                token_counts=counts,
-            )
-            fresh = (self.sampler.transform.init(ctx), self.sampler.draw.init(ctx))
-            kept = _gather(state.sampler, rows.slot_ids)
-            is_new = plan["is_new"].astype(bool)
-            before = _select(is_new, fresh, kept)
-            drawn, after = self._sample(rows, logits, before, ctx)
-            after = _select(draws, after, before)
-
-        num_generated = jnp.ones_like(kv_lens)
-        drawing = jnp.where(draws, rows.slot_ids, batch.DROPPED)
-        slots = self.layout.write(
-            state.slots,
-            drawing,
-            {
-                "token": drawn.token,
-                "position": kv_lens,
-                "num_generated": num_generated,
-                "is_done": self._is_finished(rows, drawn.token, num_generated),
-            },
-        )
-        state = DeviceState(
-            kv_cache=kv_cache,
-            slots=slots,
-            token_counts=counts,
-            sampler=_scatter(state.sampler, rows.slot_ids, after),
-        )
-        token_ids = jnp.where(draws, drawn.token, -1)
-        return state, pack_result(token_ids[:, None], drawn.logprob[:, None])
+        seats = Seats(table=table, state=scatter(seats.state, drawing, after))
+        return state, seats, self._one_step(drawn, cursor), hidden
 
     def decode(
         self,
         params: Params,
         state: DeviceState,
+        seats: Seats,
+        arrays: Any,
         packed: Int[Array, " size"],
         *,
         num_rows: int,
         num_pages: int,
-    ) -> tuple[DeviceState, Int[Array, " result"]]:
+    ) -> tuple[DeviceState, Seats, Results]:
         """A window: up to `num_steps` tokens for every row, until all rows are done.
 
         Args:
           params: The model's arrays.
           state: Donated.
+          seats: Donated.
+          arrays: The sampler's own.
           packed: `batch.pack_decode`.
           num_rows: Bucket of the batch.
           num_pages: Bucket of pages a sequence may have.
 
         Returns:
-          The new state, and `pack_result` of the window.
+          What was donated, and the results of the window.
         """
-        plan = batch.decode_packing(self.buckets, num_rows).unpack(packed)
+        forward = self.forward
+        plan = batch.decode_packing(forward.buckets, num_rows).unpack(packed)
         num_steps = plan["num_steps"][0]
-        state = self._edit(state, plan)
-        rows = self._read(state, plan["slot_ids"])
-        page_table = self._column(rows, "page_table")[:, :num_pages]
-        prompt_len = self._column(rows, "prompt_len")
-        model = self.model.bind(params)
-        shape = (num_rows, self.buckets.max_window_steps)
+        state = forward.edit(state, plan)
+        rows = read_rows(state.slots, plan["slot_ids"])
+        group = self._group(rows, seats.table, plan["leaders"])
+        model = forward.model.bind(params)
 
         def step(w: _Window) -> _Window:
-            active = ~w.is_done
-            # A dead row reads nothing (length 0) and writes to the null page.
-            index = jnp.minimum(w.position // self.buckets.page_size, num_pages - 1)
-            page = jnp.take_along_axis(page_table, index[:, None], axis=1)[:, 0]
-            meta = AttentionMetadata(
-                page_table=page_table,
-                q_starts=jnp.arange(num_rows + 1, dtype=jnp.int32),
-                kv_lens=jnp.where(active, w.position + 1, 0),
-                write_pages=jnp.where(active, page, NULL_PAGE),
-                write_offsets=w.position % self.buckets.page_size,
-                is_decode=True,
+            hidden, kv_cache, counts = forward.run_decode(
+                params, w.kv_cache, w.token_counts, rows, w.cursor, num_pages
             )
-            hidden, kv_cache = model(w.token, w.position, w.kv_cache, meta, self.ctx)
-            counts = _count(
-                w.token_counts,
-                rows.slot_ids,
-                w.token,
-                active & (w.position >= prompt_len),
-                unique=True,
+            logits = model.logits(hidden, forward.ctx)
+            drawn, sampler, cursor = self._draw(
+                group,
+                w.cursor,
+                logits,
+                hidden,
+                counts,
+                w.sampler,
+                arrays,
+                # Alone, a sequence begins in a prefill.
+                begins=self.group_size > 1,
             )
-            with jax.named_scope("sample"):
-                logits = model.logits(hidden, self.ctx)
-                ctx = self._sampling_context(
-                    rows,
-                    position=w.position + 1,
-                    last_token=w.token,
-                    num_generated=w.num_generated,
-                    active=active,
-                    token_counts=counts,
+            out = {
+                name: jax.lax.dynamic_update_slice(
+                    w.out[name], value[:, None], (0, w.step, *(0,) * (value.ndim - 1))
                 )
-                drawn, after = self._sample(rows, logits, w.sampler, ctx)
-            num_generated = w.num_generated + active
-            finished = self._is_finished(rows, drawn.token, num_generated)
-            column = (0, w.step)
-            token_ids = jnp.where(active, drawn.token, -1)[:, None]
-            return _Window(
-                step=w.step + 1,
-                token=jnp.where(active, drawn.token, w.token),
-                position=w.position + active,
-                num_generated=num_generated,
-                is_done=w.is_done | finished,
-                kv_cache=kv_cache,
-                token_counts=counts,
-                sampler=_select(active, after, w.sampler),
-                token_ids=jax.lax.dynamic_update_slice(w.token_ids, token_ids, column),
-                logprobs=jax.lax.dynamic_update_slice(w.logprobs, drawn.logprob[:, None], column),
-            )
+                for name, value in self._reported(drawn, w.cursor).items()
+            }
+            return _Window(w.step + 1, cursor, kv_cache, counts, sampler, out)
 
         end = jax.lax.while_loop(
-            lambda w: (w.step < num_steps) & ~w.is_done.all(),
+            lambda w: (w.step < num_steps) & ~w.cursor.is_done.all(),
             step,
             _Window(
                 step=jnp.int32(0),
-                token=self._column(rows, "token"),
-                position=self._column(rows, "position"),
-                num_generated=self._column(rows, "num_generated"),
-                is_done=self._column(rows, "is_done").astype(bool) | ~rows.is_real,
+                cursor=forward.cursor(rows),
                 kv_cache=state.kv_cache,
                 token_counts=state.token_counts,
-                sampler=_gather(state.sampler, rows.slot_ids),
-                token_ids=jnp.full(shape, -1, jnp.int32),
-                logprobs=jnp.zeros(shape, jnp.float32),
+                sampler=gather(seats.state, rows.slot_ids),
+                out=self.result.empty(num_rows, forward.buckets.max_window_steps),
             ),
         )
+        columns = {**end.cursor._asdict(), "num_counted": end.cursor.position}
         state = DeviceState(
             kv_cache=end.kv_cache,
-            slots=self.layout.write(
-                state.slots,
-                rows.slot_ids,
-                {
-                    "token": end.token,
-                    "position": end.position,
-                    "num_generated": end.num_generated,
-                    "is_done": end.is_done,
-                },
-            ),
+            slots=forward.layout.write(state.slots, rows.slot_ids, columns),
             token_counts=end.token_counts,
-            sampler=_scatter(state.sampler, rows.slot_ids, end.sampler),
         )
-        return state, pack_result(end.token_ids, end.logprobs)
+        seats = dataclasses.replace(seats, state=scatter(seats.state, rows.slot_ids, end.sampler))
+        return state, seats, self._pack(end.out)
 
-    def initial_sampler_state(self) -> Any:
-        """Shapes of the sampler's state over all slots."""
+    def draw(
+        self,
+        slots: Int[Array, "S W"],
+        seats: Seats,
+        token_counts: Int[Array, "S V"],
+        arrays: Any,
+        logits: Float[Array, "B V"],
+        hidden: Float[Array, "B D"],
+        packed: Int[Array, " size"],
+    ) -> tuple[Int[Array, "S W"], Seats, Results]:
+        """The split form: draws for the sampler's rows of a forward step.
 
-        def init(slots: Int[Array, "S W"], counts: Int[Array, "S V"]) -> Any:
-            ids = jnp.arange(self.buckets.num_slots, dtype=jnp.int32)
-            zeros = jnp.zeros_like(ids)
-            ctx = self._sampling_context(
-                _Rows(ids, ids >= 0, slots),
-                position=zeros,
-                last_token=zeros,
-                num_generated=zeros,
-                active=ids >= 0,
-                token_counts=counts,
+        Args:
+          slots: The engine's own table; donated.
+          seats: Donated.
+          token_counts: Of the device state; only read.
+          arrays: The sampler's own.
+          logits: Of the forward step.
+          hidden: Of the forward step.
+          packed: `batch.pack_draw`.
+
+        Returns:
+          What was donated, and the results of one step; rows of other samplers have none.
+        """
+        plan = batch.draw_packing(logits.shape[0]).unpack(packed)
+        rows = read_rows(slots, plan["slot_ids"])
+        cursor = self.forward.cursor(rows)
+        cursor = cursor._replace(is_done=cursor.is_done | (plan["draws"] == 0))
+        group = self._group(rows, seats.table, plan["leaders"])
+        before = gather(seats.state, rows.slot_ids)
+        drawn, after, end = self._draw(
+            group, cursor, logits, hidden, token_counts, before, arrays, begins=True
+        )
+        drawing = jnp.where(cursor.is_done, batch.DROPPED, rows.slot_ids)
+        slots = self.forward.layout.write(slots, drawing, end._asdict())
+        seats = dataclasses.replace(seats, state=scatter(seats.state, drawing, after))
+        return slots, seats, self._one_step(drawn, cursor)
+
+    # -- parts of a step, traced into it
+
+    def _group(self, rows: Rows, table: Int[Array, "S W"], leaders: Int[Array, " B"]) -> _Group:
+        return _Group(rows, read_rows(table, rows.slot_ids).cells, leaders)
+
+    def _draw(
+        self,
+        group: _Group,
+        cursor: Cursor,
+        logits: Float[Array, "B V"],
+        hidden: Float[Array, "B D"],
+        token_counts: Int[Array, "S V"],
+        state: SamplerState,
+        arrays: Any,
+        *,
+        begins: bool,
+    ) -> tuple[Sample, SamplerState, Cursor]:
+        """One token for every row that is not done, and where the rows stand then."""
+        forward, rows, active = self.forward, group.rows, ~cursor.is_done
+        with jax.named_scope("sample"):
+            ctx = self._context(group, cursor, hidden, token_counts, arrays)
+            if begins:
+                is_first = active & (cursor.num_generated == 0)
+                state = select_rows(is_first, init_state(self.sampler, ctx), state)
+            wants = Wants(
+                token=forward.column(rows, "wants_logprobs").astype(bool),
+                lists=forward.column(rows, "wants_lists").astype(bool),
+                ids=forward.column(rows, "logprob_ids"),
+                num_top=forward.num_top,
             )
-            return (self.sampler.transform.init(ctx), self.sampler.draw.init(ctx))
-
-        num_slots, vocab = self.buckets.num_slots, self.model.config.vocab_size
-        return jax.eval_shape(
-            init,
-            jax.ShapeDtypeStruct((num_slots, self.layout.width), jnp.int32),
-            jax.ShapeDtypeStruct((num_slots, vocab), COUNT_DTYPE),
+            ctx = dataclasses.replace(ctx, history=state.history)
+            drawn, after = sample(self.sampler, logits, state, ctx, wants, self._members(group))
+        num_generated = cursor.num_generated + active
+        is_finished = active & forward.is_finished(rows, drawn.token, num_generated)
+        moved = Cursor(
+            token=jnp.where(active, drawn.token, cursor.token),
+            position=cursor.position + active,
+            num_generated=num_generated,
+            is_done=cursor.is_done | is_finished,
         )
+        return drawn, select_rows(active, after, state), moved
 
-    def _edit(self, state: DeviceState, edits: Segments) -> DeviceState:
-        slots, counts = state.slots, state.token_counts
-        if "resets" in edits:
-            row = jnp.asarray(self.layout.default_row)
-            slots = slots.at[edits["resets"]].set(row, mode="drop")
-            counts = counts.at[edits["resets"]].set(jnp.zeros((), counts.dtype), mode="drop")
-        flat = slots.reshape(-1).at[edits["cells"]].set(edits["cell_values"], mode="drop")
-        return DeviceState(
-            kv_cache=state.kv_cache,
-            slots=flat.reshape(slots.shape),
-            token_counts=counts,
-            sampler=state.sampler,
-        )
+    def _members(self, group: _Group) -> Int[Array, "B G"] | None:
+        """Rows of each row's group, leader first."""
+        if self.group_size == 1:
+            return None
+        members = group.leaders[:, None] + jnp.arange(self.group_size)
+        return jnp.minimum(members, len(group.leaders) - 1)
 
-    def _read(self, state: DeviceState, slot_ids: Int[Array, " B"]) -> _Rows:
-        is_real = slot_ids < self.buckets.num_slots
-        cells = jnp.take(state.slots, slot_ids, axis=0, mode="clip")
-        # Without the barrier XLA reads the table again where it is written, and so copies it.
-        return _Rows(slot_ids, is_real, jax.lax.optimization_barrier(cells))
-
-    def _column(self, rows: _Rows, name: str) -> Array:
-        return self.layout.read(rows.cells, name)
-
-    def _sampling_context(self, rows: _Rows, **now: Array) -> SamplingContext:
-        values = {name: self._column(rows, name) for name in self.layout.param_names}
-        seed_hi, seed_lo = self._column(rows, "seed_hi"), self._column(rows, "seed_lo")
+    def _context(
+        self,
+        group: _Group,
+        cursor: Cursor,
+        hidden: Float[Array, "B D"],
+        token_counts: Int[Array, "S V"],
+        arrays: Any,
+    ) -> SamplingContext:
+        column, rows = self.forward.column, group.rows
+        position = cursor.position + 1
+        values = {name: self.layout.read(group.params, name) for name in self.layout.columns}
         return SamplingContext(
+            history=values.pop(HISTORY, None),
             values=values,
-            key=row_keys(seed_hi, seed_lo, now["position"]),
-            position=now["position"],
-            num_generated=now["num_generated"],
-            min_new_tokens=self._column(rows, "min_new_tokens"),
-            last_token=now["last_token"],
-            prompt_len=self._column(rows, "prompt_len"),
-            active=now["active"],
-            stop_token_ids=self._column(rows, "stop_token_ids"),
-            slots=jnp.minimum(rows.slot_ids, self.buckets.num_slots - 1),
-            slot_counts=now["token_counts"],
+            key=row_keys(column(rows, "seed_hi"), column(rows, "seed_lo"), position),
+            position=position,
+            num_generated=cursor.num_generated,
+            min_new_tokens=column(rows, "min_new_tokens"),
+            last_token=cursor.token,
+            prompt_len=column(rows, "prompt_len"),
+            active=~cursor.is_done,
+            stop_token_ids=column(rows, "stop_token_ids"),
+            slots=jnp.minimum(rows.slot_ids, self.forward.buckets.num_slots - 1),
+            slot_counts=token_counts,
+            hidden=hidden if self.sampler.needs.hidden else None,
+            arrays=arrays,
         )
 
-    def _sample(
-        self, rows: _Rows, logits: Float[Array, "B V"], state: Any, ctx: SamplingContext
-    ) -> tuple[Sample, Any]:
-        wants = self._column(rows, "wants_logprobs").astype(bool)
-        return sample(self.sampler, logits, state, ctx, wants)
+    def _reported(self, drawn: Sample, cursor: Cursor) -> dict[str, Array]:
+        token = jnp.where(cursor.is_done, -1, drawn.token)
+        return {results.TOKEN: token, **results.flatten(drawn.leaves)}
 
-    def _is_finished(
-        self, rows: _Rows, token: Int[Array, " B"], num_generated: Int[Array, " B"]
-    ) -> Bool[Array, " B"]:
-        stops = (token[:, None] == self._column(rows, "stop_token_ids")).any(axis=-1)
-        stops &= self._column(rows, "ignore_eos") == 0
-        is_nan = token < 0
-        return is_nan | stops | (num_generated >= self._column(rows, "max_new_tokens"))
+    def _one_step(self, drawn: Sample, cursor: Cursor) -> Results:
+        reported = self._reported(drawn, cursor)
+        return self._pack({name: value[:, None] for name, value in reported.items()})
 
+    def _pack(self, out: dict[str, Array]) -> Results:
+        layout = self.result
+        return Results(results.pack(out, layout.always), results.pack(out, layout.on_demand))
 
-COUNT_DTYPE = jnp.int16
-"""Token counts are slots x vocabulary, so they are kept narrow."""
+    def _abstract_rows(self, num_rows: int) -> tuple[Any, ...]:
+        """Shapes of a step's rows, for `_try_out`."""
+        config = self.forward.model.config
 
+        def ints(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-def pack_result(token_ids: Int[Array, "B k"], logprobs: Float[Array, "B k"]) -> Int[Array, " n"]:
-    """Everything the host reads of a step, as one array: one copy."""
-    bits = jax.lax.bitcast_convert_type(logprobs.astype(jnp.float32), jnp.int32)
-    return jnp.concatenate([token_ids.reshape(-1), bits.reshape(-1)])
+        return (
+            ints(num_rows, self.forward.layout.width),
+            ints(num_rows, self.layout.width),
+            jax.ShapeDtypeStruct((num_rows, config.vocab_size), jnp.float32),
+            jax.ShapeDtypeStruct((num_rows, config.hidden_size), self.forward.model.dtype),
+            jax.ShapeDtypeStruct((num_rows, config.vocab_size), COUNT_DTYPE),
+            self.sampler.arrays,
+        )
 
-
-def _count(
-    counts: Int[Array, "S V"],
-    slot_ids: Int[Array, " n"],
-    tokens: Int[Array, " n"],
-    is_counted: Bool[Array, " n"],
-    *,
-    unique: bool,
-) -> Int[Array, "S V"]:
-    """Counts a generated token when it is fed to the model, in decode and in re-prefill alike."""
-    rows = jnp.where(is_counted, slot_ids, batch.DROPPED)
-    one = jnp.ones((), counts.dtype)
-    return counts.at[rows, tokens].add(one, mode="drop", unique_indices=unique)
-
-
-def _gather(state: Any, slot_ids: Int[Array, " B"]) -> Any:
-    return jax.tree.map(lambda leaf: jnp.take(leaf, slot_ids, axis=0, mode="clip"), state)
-
-
-def _scatter(state: Any, slot_ids: Int[Array, " B"], rows: Any) -> Any:
-    return jax.tree.map(lambda leaf, new: leaf.at[slot_ids].set(new, mode="drop"), state, rows)
-
-
-def _select(mask: Bool[Array, " B"], yes: Any, no: Any) -> Any:
-    def pick(a: Array, b: Array) -> Array:
-        return jnp.where(mask.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
-
-    return jax.tree.map(pick, yes, no)
+    def _try_out(
+        self, slots: Array, table: Array, logits: Array, hidden: Array, counts: Array, arrays: Any
+    ) -> tuple[Sample, SamplerState, SamplerState]:
+        """One draw over all slots: its sample, the state it begins with and the one it leaves."""
+        rows = read_rows(slots, jnp.arange(len(slots)))
+        cursor = self.forward.cursor(rows)
+        group = self._group(rows, table, jnp.arange(len(slots)))
+        state = init_state(self.sampler, self._context(group, cursor, hidden, counts, arrays))
+        drawn, after, _ = self._draw(
+            group, cursor, logits, hidden, counts, state, arrays, begins=False
+        )
+        return drawn, state, after

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import serialize_executable
@@ -49,6 +49,7 @@ class ProgramSpec:
       donate: Positions of donated arguments.
       options: XLA compiler options.
       cost: Rough relative work; the most expensive are compiled first.
+      is_cached: The executable cache's keys cover all that it depends on.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ProgramSpec:
     donate: tuple[int, ...] = ()
     options: Mapping[str, str | int] = field(default_factory=dict)
     cost: int = 0
+    is_cached: bool = True
 
     def lower(self) -> Any:
         """Traces and lowers; `.compile(compiler_options=...)` is the slow half, without the GIL."""
@@ -143,12 +145,27 @@ def default_cache_dir() -> Path:
     return Path(base) / "jaxengine" / "executables"
 
 
-type ProgramKey = tuple[str, int, int]
-"""Kind of step, its bucket, and the bucket of its pages."""
+class ProgramKey(NamedTuple):
+    """Which program.
+
+    Attributes:
+      kind: "prefill", "decode", ...
+      size: Its bucket of tokens or rows; 0 where there is only one.
+      num_pages: Its bucket of pages a sequence may have; 0 where it has none.
+      owner: Which `SamplerSteps` it belongs to; 0 is the engine's own, and those of none.
+    """
+
+    kind: str
+    size: int = 0
+    num_pages: int = 0
+    owner: int = 0
 
 
 STOP_TIMEOUT_S = 60.0
 """Longest wait for a compilation under way; it cannot be interrupted."""
+
+URGENT, FIRST, LATER, IDLE = -1, 0, 1, 2
+"""Ranks: someone waits for it, a first answer needs it, the others, what may never be needed."""
 
 
 class Programs:
@@ -171,24 +188,25 @@ class Programs:
           progress: Show a bar.
         """
         self._first = tuple(first)
-        self._specs = dict(specs)
+        self._initial = tuple(specs)
+        # Specs hold a sampler's functions, so they are kept no longer than until they are built.
+        self._specs: dict[ProgramKey, ProgramSpec] = {}
         self._cache = cache
-        self._done: dict[ProgramKey, Future] = {key: Future() for key in specs}
+        self._done: dict[ProgramKey, Future] = {}
         self._queue: queue.PriorityQueue = queue.PriorityQueue()
         self._tickets = itertools.count()
         self._lock = threading.Lock()
         self._tracing = threading.Lock()
-        self._taken: set[ProgramKey] = set()
         self._stopped = False
         self.num_compiled = 0
         self.num_loaded = 0
         self.seconds = 0.0
         self._started = time.perf_counter()
+        self._num_left = len(specs)
         self._bar = tqdm(total=len(specs), desc="Compiling", unit="program", disable=not progress)
-        # What a first answer needs comes first, then the largest, which take longest.
-        for key, spec in self._specs.items():
-            self._put(0 if key in first else 1 / (1 + spec.cost), key)
-        workers = min(8, os.cpu_count() or 1, len(self._specs))
+        self.add({key: specs[key] for key in first}, FIRST)
+        self.add(specs, LATER)
+        workers = min(8, os.cpu_count() or 1)
         self._threads = [
             threading.Thread(target=self._work, name=f"jaxengine-compile-{i}", daemon=True)
             for i in range(workers)
@@ -202,6 +220,23 @@ class Programs:
             self.stop()
             raise
 
+    def add(self, specs: Mapping[ProgramKey, ProgramSpec], rank: int) -> None:
+        """Compiles more programs; those that are there already are left alone."""
+        with self._lock:
+            new = {key: spec for key, spec in specs.items() if key not in self._done}
+            self._specs |= new
+            self._done |= {key: Future() for key in new}
+        for key, spec in new.items():
+            # Of one rank the largest come first, which take longest.
+            self._put(rank - spec.cost / (1 + spec.cost), key)
+
+    def drop(self, owner: int) -> None:
+        """Forgets the programs of one owner; nobody may ask for them any more."""
+        with self._lock:
+            for key in [key for key in self._done if key.owner == owner]:
+                del self._done[key]
+                self._specs.pop(key, None)
+
     def get(self, key: ProgramKey) -> Any:
         """The executable; waits while it is being compiled.
 
@@ -210,26 +245,29 @@ class Programs:
         """
         future = self._done[key]
         if not future.done():
-            self._put(-1, key)  # now the most urgent
+            self._put(URGENT, key)
         return future.result()
 
     def stats(self) -> dict[str, float]:
-        """How many programs are ready, where they came from, and how long all of them took."""
+        """How many programs there are, where they came from, and when the first were all ready."""
         return {
-            "num_programs": len(self._specs),
+            "num_programs": len(self._done),
             "num_compiled": self.num_compiled,
             "num_loaded": self.num_loaded,
             "seconds": self.seconds,
         }
 
+    def __contains__(self, key: ProgramKey) -> bool:
+        return key in self._done
+
     def is_ready(self, key: ProgramKey) -> bool:
         """Whether `get` would give the executable at once."""
-        future = self._done[key]
-        return future.done() and future.exception() is None
+        future = self._done.get(key)
+        return future is not None and future.done() and future.exception() is None
 
     def wait(self, *, all_of_them: bool) -> None:
-        """Waits for all programs, or for those a first answer needs."""
-        for key in self._specs if all_of_them else self._first:
+        """Waits for the programs the engine began with, or for those a first answer needs."""
+        for key in self._initial if all_of_them else self._first:
             self.get(key)
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
@@ -237,7 +275,7 @@ class Programs:
         self._stopped = True
         error = EngineDeadError("The engine was shut down before this program was compiled.")
         for _ in self._threads:
-            self._put(-2, None)
+            self._put(2 * URGENT, None)
         # The garbage collector may run this in one of them.
         for thread in set(self._threads) - {threading.current_thread()}:
             if thread.ident is not None:
@@ -258,23 +296,23 @@ class Programs:
             if key is None or self._stopped:
                 break
             with self._lock:
-                is_taken = key in self._taken
-                self._taken.add(key)
-            if not is_taken:
-                self._build(key, self._done[key])
+                spec, future = self._specs.pop(key, None), self._done.get(key)
+            if spec is not None and future is not None:
+                self._build(key, spec, future)
+            del spec
 
-    def _build(self, key: ProgramKey, future: Future) -> None:
-        spec = self._specs[key]
+    def _build(self, key: ProgramKey, spec: ProgramSpec, future: Future) -> None:
+        cache = self._cache if spec.is_cached else None
         try:
-            program = self._cache.load(spec) if self._cache else None
+            program = cache.load(spec) if cache else None
             was_loaded = program is not None
             if program is None:
                 # Tracing holds the GIL: one at a time leaves the rest of the process its share.
                 with self._tracing:
                     lowered = spec.lower()
                 program = lowered.compile(compiler_options=dict(spec.options) or None)
-                if self._cache:
-                    self._cache.store(spec, program)
+                if cache:
+                    cache.store(spec, program)
         except BaseException as error:
             future.set_exception(error)
         else:
@@ -282,13 +320,15 @@ class Programs:
                 self.num_loaded += was_loaded
                 self.num_compiled += not was_loaded
             future.set_result(program)
-        self._report(spec)
+        if key in self._initial:
+            self._report(spec)
 
     def _report(self, spec: ProgramSpec) -> None:
         with self._lock:
             self._bar.set_description(f"Compiling {spec.name}")
             self._bar.update()
-            if all(future.done() for future in self._done.values()):
+            self._num_left -= 1
+            if self._num_left == 0:
                 self._bar.close()
                 self.seconds = time.perf_counter() - self._started
                 logger.info(

@@ -1,7 +1,8 @@
-"""Slots: one int32 row on the device per running sequence, floats bitcast.
+"""Slots: int32 tables on the device with a row per running sequence, floats bitcast.
 
-Everything the decode loop must know of a sequence stands in its row: what changes when the batch
-changes then travels as (cell, value) pairs in one packed array, and the whole table is one leaf.
+Everything the decode loop must know of a sequence stands in its rows: what changes when the batch
+changes then travels as (cell, value) pairs in one packed array, and a whole table is one leaf.
+There is one table for the engine's own columns, and one for the parameters of every sampler.
 """
 
 from collections.abc import Mapping
@@ -12,25 +13,29 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from jaxengine.sampling.sampler import Sampler
 from jaxengine.scheduler.plan import NewRow
-from jaxengine.types import MAX_STOP_TOKEN_IDS, NULL_PAGE, Param
+from jaxengine.types import MAX_LOGPROB_IDS, MAX_STOP_TOKEN_IDS, NULL_PAGE, Param
 
 FIELDS: dict[str, Param] = {
     "token": Param("int32", 0),
     "position": Param("int32", 0),
     "num_generated": Param("int32", 0),
+    "num_counted": Param("int32", 0),
     "is_done": Param("int32", 0),
     "prompt_len": Param("int32", 0),
     "max_new_tokens": Param("int32", 0),
     "min_new_tokens": Param("int32", 0),
     "ignore_eos": Param("int32", 0),
     "wants_logprobs": Param("int32", 0),
+    "wants_lists": Param("int32", 0),
     "seed_hi": Param("int32", 0),
     "seed_lo": Param("int32", 0),
     "stop_token_ids": Param("int32", (), shape=(MAX_STOP_TOKEN_IDS,), pad=-1),
+    "logprob_ids": Param("int32", (), shape=(MAX_LOGPROB_IDS,), pad=-1),
 }
-"""The engine's own columns: `token` is the last one drawn, not yet in the KV cache, and `position`
-is where it will be written."""
+"""The engine's own columns: `token` is the last one of the text, not yet in the KV cache, and
+`position` is where it will be written; tokens before `num_counted` are in the token counts."""
 
 
 class Column(NamedTuple):
@@ -45,23 +50,17 @@ class Column(NamedTuple):
         return int(np.prod(self.param.shape, dtype=np.int64))
 
 
-class SlotLayout:
-    """Columns of a slot: the engine's, the sampler's parameters, then the page table."""
+class TableLayout:
+    """The columns of a table, side by side."""
 
-    def __init__(self, params: Mapping[str, Param], pages_per_sequence: int) -> None:
-        clash = FIELDS.keys() & params.keys()
-        if clash:
-            raise ValueError(f"sampler parameters use reserved names: {sorted(clash)}")
-        page_table = Param("int32", (), shape=(pages_per_sequence,), pad=NULL_PAGE)
-        self.param_names = tuple(params)
+    def __init__(self, params: Mapping[str, Param]) -> None:
         self.columns: dict[str, Column] = {}
         self.width = 0
-        for name, param in {**FIELDS, **params, "page_table": page_table}.items():
+        for name, param in params.items():
             self.columns[name] = Column(self.width, param)
             self.width += self.columns[name].size
-        self.default_row = np.concatenate(
-            [self._bits(name, c.param.default) for name, c in self.columns.items()]
-        )
+        rows = [self._bits(name, c.param.default) for name, c in self.columns.items()]
+        self.default_row = np.concatenate([np.zeros(0, np.int32), *rows])
 
     def describe(self) -> tuple[tuple[str, int, str], ...]:
         """Names, places and types of the columns: what compiled programs depend on."""
@@ -74,34 +73,18 @@ class SlotLayout:
         padded[tuple(slice(n) for n in value.shape)] = value
         return padded.reshape(-1).view(np.int32)
 
-    def cells(self, row: NewRow) -> tuple[np.ndarray, np.ndarray]:
-        """Flat cell indices and values that turn a default row into this sequence's."""
-        request, outputs = row.request, row.output_ids
-        values: dict[str, Any] = dict(request.values)
-        values |= {
-            "prompt_len": len(request.prompt_ids),
-            "max_new_tokens": request.max_new_tokens,
-            "min_new_tokens": request.min_new_tokens,
-            "ignore_eos": int(request.ignore_eos),
-            "wants_logprobs": int(request.wants_logprobs),
-            "seed_hi": _as_int32(request.seed >> 32),
-            "seed_lo": _as_int32(request.seed & 0xFFFFFFFF),
-            "stop_token_ids": request.stop_token_ids,
-            "num_generated": len(outputs),
-        }
-        if outputs:
-            values["token"] = outputs[-1]
-            values["position"] = len(request.prompt_ids) + len(outputs) - 1
+    def cells(self, slot: int, values: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Flat cell indices and values that turn a slot's default row into one with `values`."""
         wanted = self.default_row.copy()
         for name, value in values.items():
             column = self.columns[name]
             wanted[column.start : column.start + column.size] = self._bits(name, value)
         changed = np.flatnonzero(wanted != self.default_row)
-        return row.slot * self.width + changed, wanted[changed]
+        return slot * self.width + changed, wanted[changed]
 
-    def page_cell(self, slot: int, index: int) -> int:
-        """Flat index of a page-table entry."""
-        return slot * self.width + self.columns["page_table"].start + index
+    def cell(self, slot: int, name: str, index: int) -> int:
+        """Flat index of one entry of a column."""
+        return slot * self.width + self.columns[name].start + index
 
     def read(self, rows: Int[Array, "B W"], name: str) -> Array:
         """One column of gathered rows, in its own shape and dtype."""
@@ -112,14 +95,61 @@ class SlotLayout:
         return cells.reshape(rows.shape[0], *column.param.shape)
 
     def write(
-        self, slots: Int[Array, "S W"], slot_ids: Int[Array, " B"], values: Mapping[str, Array]
+        self, table: Int[Array, "S W"], slot_ids: Int[Array, " B"], values: Mapping[str, Array]
     ) -> Int[Array, "S W"]:
         """Scatters scalar int32 columns back; slot ids out of range are dropped."""
         columns = np.asarray([self.columns[name].start for name in values])
         stacked = jnp.stack([v.astype(jnp.int32) for v in values.values()], axis=-1)
-        return slots.at[slot_ids[:, None], columns[None, :]].set(
+        return table.at[slot_ids[:, None], columns[None, :]].set(
             stacked, mode="drop", unique_indices=True
         )
+
+
+def slot_layout(pages_per_sequence: int) -> TableLayout:
+    """The engine's own columns, then the page table."""
+    page_table = Param("int32", (), shape=(pages_per_sequence,), pad=NULL_PAGE)
+    return TableLayout({**FIELDS, "page_table": page_table})
+
+
+def slot_values(row: NewRow) -> dict[str, Any]:
+    """What stands in the slot of a sequence that begins, or begins anew."""
+    request, outputs = row.request, row.output_ids
+    text_len = len(request.prompt_ids) + len(outputs)
+    return {
+        "token": outputs[-1] if outputs else request.prompt_ids[-1],
+        "position": text_len - 1,
+        "num_generated": len(outputs),
+        "prompt_len": len(request.prompt_ids),
+        "max_new_tokens": request.max_new_tokens,
+        "min_new_tokens": request.min_new_tokens,
+        "ignore_eos": int(request.ignore_eos),
+        "wants_logprobs": int(request.wants_logprobs),
+        "wants_lists": int(request.wants_lists),
+        "seed_hi": _as_int32(request.seed >> 32),
+        "seed_lo": _as_int32(request.seed & 0xFFFFFFFF),
+        "stop_token_ids": request.stop_token_ids,
+        "logprob_ids": request.logprob_ids,
+    }
+
+
+HISTORY = "history"
+"""The column with the prompt's end, from which a sampler's own history starts."""
+
+
+def sampler_layout(sampler: Sampler) -> TableLayout:
+    """The sampler's parameters, and the history it begins with."""
+    history = Param("int32", (), shape=(sampler.needs.history,), pad=-1)
+    return TableLayout({**sampler.params, **({HISTORY: history} if history.shape[0] else {})})
+
+
+def sampler_values(layout: TableLayout, row: NewRow) -> dict[str, Any]:
+    """What stands in the sampler's table for a sequence that begins."""
+    values = dict(row.request.values)
+    if HISTORY in layout.columns:
+        length = layout.columns[HISTORY].size
+        end = row.request.prompt_ids[-length:]
+        values[HISTORY] = np.concatenate([np.full(length - len(end), -1, np.int32), end])
+    return values
 
 
 def _as_int32(bits: int) -> int:

@@ -1,6 +1,6 @@
 """How one token is drawn from the transformed logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,35 +8,43 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.sampling.context import SamplingContext
+from jaxengine.sampling.transforms import Needs
+from jaxengine.types import Param
 
 
 class Draw(NamedTuple):
     """The last step of a sampler.
 
     Attributes:
-      select: (logits, state, ctx) -> (token i32[B], aux pytree).
-      init: ctx -> state of newly admitted rows.
+      select: (logits f32[B, V], state, ctx) -> token i32[B], or (token, aux): a pytree of arrays
+        [B, ...] that comes back with every token.
+      init: ctx -> state of rows that are about to draw their first token.
       update: (state, drawn, ctx) -> state.
+      params: Per-request values, by name.
+      needs: What `ctx` must hold beside them.
+      arrays: Learned weights, `ctx.arrays` inside.
       is_greedy: ctx -> bool[B], rows that take the most likely token; a step with only such rows
         needs no noise. None when there are none.
     """
 
-    select: Callable[..., tuple[Int[Array, " B"], Any]]
+    select: Callable[..., Any]
     init: Callable[[SamplingContext], Any] = lambda ctx: ()
     update: Callable[..., Any] = lambda state, drawn, ctx: state
+    params: Mapping[str, Param] = {}
+    needs: Needs = Needs()
+    arrays: Any = ()
     is_greedy: Callable[[SamplingContext], Bool[Array, " B"]] | None = None
 
 
-def _gumbel_max(
-    logits: Float[Array, "B V"], state: Any, ctx: SamplingContext
-) -> tuple[Int[Array, " B"], Any]:
+def _gumbel_max(logits: Float[Array, "B V"], state: Any, ctx: SamplingContext) -> Int[Array, " B"]:
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(ctx.key)
     noisy = jnp.where(_is_greedy(ctx)[:, None], logits, logits + noise)
-    return jnp.argmax(noisy, axis=-1).astype(jnp.int32), ()
+    return jnp.argmax(noisy, axis=-1).astype(jnp.int32)
 
 
 def _is_greedy(ctx: SamplingContext) -> Bool[Array, " B"]:
-    return ctx.temperature == 0
+    # A chain without a temperature has no greedy rows.
+    return ctx.values.get("temperature", jnp.ones(ctx.position.shape)) == 0
 
 
 gumbel_max = Draw(_gumbel_max, is_greedy=_is_greedy)

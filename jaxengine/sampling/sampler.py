@@ -9,11 +9,45 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxengine.sampling import transforms
+from jaxengine.sampling.builtin import standard
 from jaxengine.sampling.context import SamplingContext
+from jaxengine.sampling.contract import call, require_like, require_rows
 from jaxengine.sampling.draw import Draw, gumbel_max
-from jaxengine.sampling.transforms import Drawn, LogitsTransform, chain
+from jaxengine.sampling.logprobs import (
+    Wants,
+    listed_logprobs,
+    no_listed_logprobs,
+    no_token_logprobs,
+    token_logprob,
+)
+from jaxengine.sampling.transforms import (
+    Drawn,
+    LogitsTransform,
+    Needs,
+    applied,
+    chain,
+    each_stage,
+    initial,
+    merge_needs,
+    merge_params,
+    updated,
+)
 from jaxengine.types import Param
+
+type Logits = Float[Array, "B V"]
+
+
+class Combine(NamedTuple):
+    """How the logits of a prompt and of its companions become one distribution.
+
+    Attributes:
+      apply: (logits f32[B, G, V], ctx) -> f32[B, V]; the prompt's own come first, and stand in for
+        companions a row lacks.
+      params: Per-request values, by name; they become sampling-parameter keys.
+    """
+
+    apply: Callable[[Float[Array, "B G V"], SamplingContext], Logits]
+    params: Mapping[str, Param] = {}
 
 
 class Sampler(NamedTuple):
@@ -22,122 +56,279 @@ class Sampler(NamedTuple):
     Attributes:
       transform: Applied to the float32 logits, usually a `chain`.
       draw: Picks the token.
+      combine: For requests with `companions`, a `Combine` or its bare function, before the
+        transform.
+      capture: Name -> fn(logits, drawn, ctx) -> array [B, ...], reported with every token;
+        `logits` are the model's (or the combined ones), `drawn.logits` what was drawn from.
     """
 
     transform: LogitsTransform
     draw: Draw = gumbel_max
+    combine: Combine | Callable[[Float[Array, "B G V"], SamplingContext], Logits] | None = None
+    capture: Mapping[str, Callable[..., Array]] = {}
 
     @property
     def params(self) -> Mapping[str, Param]:
         """Sampling-parameter keys this sampler understands."""
-        return self.transform.params
+        combine = () if self.combine is None else (_as_combine(self.combine),)
+        return merge_params((*combine, self.transform, self.draw))
+
+    @property
+    def needs(self) -> Needs:
+        """What its parts need of the context."""
+        return merge_needs((self.transform, self.draw))
+
+    @property
+    def stages(self) -> tuple[LogitsTransform, ...]:
+        """The transform's parts, in order."""
+        return self.transform.stages or (self.transform,)
+
+    @property
+    def arrays(self) -> Any:
+        """Learned weights of the stages and of the draw: arguments of what is compiled."""
+        return tuple(stage.arrays for stage in self.stages), self.draw.arrays
+
+
+class SamplerState(NamedTuple):
+    """What a sampler keeps of each row.
+
+    Attributes:
+      history: The last tokens, oldest first, -1 padded; None where nothing needs it.
+      stages: State of every stage of the transform.
+      draw: State of the draw.
+    """
+
+    history: Int[Array, "B H"] | None
+    stages: tuple[Any, ...]
+    draw: Any
 
 
 class Sample(NamedTuple):
     """One token per row.
 
     Attributes:
-      token: Drawn ids; -2 where the logits held NaN.
-      logprob: Log-probability of the token after penalties, bias and temperature and before the
-        filters (SGLang's `output_token_logprobs`); 0 unless some row asked for it.
+      token: Drawn ids; a key of `DRAW_ERRORS` where none could be drawn.
+      leaves: What else is reported of it, by name, arrays [B, ...]: "logprob", "raw_logprob",
+        "processed_logprob", "top_ids", "top_logprobs", "id_logprobs" (0 unless asked for), the
+        draw's "aux" and the captures as "capture/NAME".
     """
 
     token: Int[Array, " B"]
-    logprob: Float[Array, " B"]
+    leaves: Mapping[str, Any]
 
 
-NAN_TOKEN = -2
-"""Stands for a token that could not be drawn because the logits held NaN."""
+NAN_TOKEN, NO_TOKEN = -2, -3
+"""Keys of `DRAW_ERRORS`."""
 
 
 def default_sampler() -> Sampler:
     """SGLang's chain in its order: penalties, bias, temperature, then the filters."""
     return Sampler(
         chain(
-            transforms.additive_penalties(),
-            transforms.min_new_tokens(),
-            transforms.repetition_penalty(),
-            transforms.logit_bias(),
-            transforms.temperature(),
-            transforms.top_k_top_p_min_p(),
+            standard.additive_penalties(),
+            standard.min_new_tokens(),
+            standard.repetition_penalty(),
+            standard.logit_bias(),
+            standard.temperature(),
+            standard.top_k_top_p_min_p(),
         )
+    )
+
+
+def as_sampler(value: Any) -> Sampler:
+    """A sampler from one, from a transform, from a draw, or from `(logits, ctx) -> token`.
+
+    A draw or function sees the model's own logits, and the default chain's parameters in `ctx`.
+
+    Raises:
+      TypeError: For anything else.
+    """
+    if isinstance(value, Sampler):
+        return value
+    if isinstance(value, LogitsTransform):
+        return Sampler(value)
+    if not isinstance(value, Draw):
+        if not callable(value):
+            kinds = "a Sampler, a LogitsTransform, a Draw or a function (logits, ctx) -> token"
+            raise TypeError(f"`sampler` must be {kinds}, got {type(value).__name__}.")
+        value = Draw(functools.partial(_call, value))
+    params = default_sampler().params
+    return Sampler(LogitsTransform(lambda logits, state, ctx: logits, params=params), value)
+
+
+def _as_combine(value: Combine | Callable[..., Logits]) -> Combine:
+    return value if isinstance(value, Combine) else Combine(value)
+
+
+def _call(function: Callable[..., Any], logits: Logits, state: Any, ctx: SamplingContext) -> Any:
+    return function(logits, ctx)
+
+
+def init_state(sampler: Sampler, ctx: SamplingContext) -> SamplerState:
+    """State of rows that are about to draw their first token; `ctx.history` is the prompt's end."""
+    stages = sampler.stages
+    stage_arrays, draw_arrays = ctx.arrays or sampler.arrays
+    inside = ctx.narrowed(sampler.needs.history, stage_arrays)
+    nothing = (None,) * len(stages)
+    return SamplerState(
+        inside.history,
+        tuple(initial(stage, c) for stage, _, c in each_stage(stages, nothing, inside)),
+        initial(sampler.draw, ctx.narrowed(sampler.draw.needs.history, draw_arrays)),
     )
 
 
 def sample(
     sampler: Sampler,
-    logits: Float[Array, "B V"],
-    state: Any,
+    logits: Float[Array, "N V"],
+    state: SamplerState,
     ctx: SamplingContext,
-    wants_logprobs: Array,
-) -> tuple[Sample, Any]:
+    wants: Wants,
+    group: Int[Array, "B G"] | None = None,
+) -> tuple[Sample, SamplerState]:
     """Draws a token for every row and advances the sampler's state.
 
     Args:
       sampler: Pure functions; traced into the caller.
       logits: The model's, float32.
-      state: `(transform state, draw state)` of the rows.
-      ctx: The rows.
-      wants_logprobs: bool[B]; the log-softmax is skipped when no row asks.
+      state: Of the rows.
+      ctx: The rows; its `arrays` are the sampler's, its `history` is `state.history`.
+      wants: Which rows want which logprobs; what no row wants is not computed.
+      group: For a sampler that combines, the rows of each row's group, its leader first.
     """
-    transform_state, draw_state = state
-    transform = sampler.transform
-    states = transform_state if transform.stages else (transform_state,)
-    every = tuple(zip(transform.stages or (transform,), states, strict=True))
-    always = tuple((stage, s) for stage, s in every if stage.is_on is None)
+    if sampler.combine is not None and group is not None:
+        combine = _as_combine(sampler.combine).apply
+        combined = call(combine, logits[group], ctx)
+        require_like(combine, combined, logits, "the logits")
+        logits = combined
+    stage_arrays, draw_arrays = ctx.arrays or sampler.arrays
+    inside = ctx.narrowed(sampler.needs.history, stage_arrays)
+    outside = ctx.narrowed(sampler.draw.needs.history, draw_arrays)
+    every = tuple(each_stage(sampler.stages, state.stages, inside))
+    always = tuple(part for part in every if part[0].is_on is None)
 
-    def draw(parts: Stages, logits: Logits) -> Sample:
-        token, _ = sampler.draw.select(_apply(parts, logits, ctx), draw_state, ctx)
-        return finish(parts, logits, token)
+    def draw(parts: Parts, logits: Logits) -> tuple[Sample, SamplerState]:
+        processed = _apply(parts, logits)
+        token, aux = _selected(sampler.draw, processed, state.draw, outside)
+        return finish(parts, logits, processed, token, aux)
 
-    def draw_greedily(logits: Logits) -> Sample:
-        return finish(always, logits, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    def draw_greedily(logits: Logits) -> tuple[Sample, SamplerState]:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return finish(always, logits, _apply(always, logits), token, ())
 
-    def finish(parts: Stages, logits: Logits, token: Int[Array, " B"]) -> Sample:
-        def logprob(logits: Logits) -> Float[Array, " B"]:
-            # Applied anew from the raw logits: nothing is kept for it when nobody asks.
-            unfiltered = _apply(_before_filters(parts), logits, ctx)
-            chosen = jnp.take_along_axis(unfiltered, token[:, None], axis=-1)[:, 0]
-            return chosen - jax.nn.logsumexp(unfiltered, axis=-1)
+    def finish(
+        parts: Parts, logits: Logits, processed: Logits, token: Int[Array, " B"], aux: Any
+    ) -> tuple[Sample, SamplerState]:
+        token = _checked(token, logits, processed)
+        if group is not None:  # whatever a companion's own chain would have removed
+            token = token[group[:, 0]]
+        drawn = Drawn(
+            token, token_logprob(processed, token), token_logprob(logits, token), processed
+        )
+        unfiltered = functools.partial(_apply, _before_filters(parts))
+        leaves = _logprobs(wants, ctx, logits, unfiltered, processed, token)
+        leaves |= {"aux": aux} if jax.tree.leaves(aux) else {}
+        for name, function in sampler.capture.items():
+            captured = call(function, logits, drawn, outside)
+            require_rows(function, captured, logits.shape[:1], f"the capture `{name}`")
+            leaves[f"capture/{name}"] = captured
+        after = SamplerState(
+            _push(state.history, token),
+            tuple(updated(stage, s, drawn, c) for stage, s, c in every),
+            updated(sampler.draw, state.draw, drawn, outside),
+        )
+        return Sample(token, leaves), after
 
-        is_wanted = (wants_logprobs & ctx.active).any()
-        nothing = jnp.zeros(token.shape, jnp.float32)
-        logprobs = jax.lax.cond(is_wanted, logprob, lambda _: nothing, logits)
-        # argmax takes NaN for the largest, so a NaN anywhere in the row is what was drawn.
-        top = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-        return Sample(jnp.where(jnp.isnan(top), NAN_TOKEN, token), logprobs)
-
-    # Branches return [B] only: returning [B, V] through a branch would copy it.
-    paths: list[Callable[[Logits], Sample]] = [functools.partial(draw, every)]
+    # Branches return [B] and state only: returning [B, V] through a branch would copy it.
+    paths: list[Callable[[Logits], tuple[Sample, SamplerState]]] = [functools.partial(draw, every)]
     path = jnp.int32(0)
     if len(always) < len(every):
         is_on = functools.reduce(
-            jnp.logical_or, (stage.is_on(ctx).any() for stage, _ in every if stage.is_on)
+            jnp.logical_or, (stage.is_on(c).any() for stage, _, c in every if stage.is_on)
         )
         paths.append(functools.partial(draw, always))
         path = jnp.where(is_on, 0, 1)
-    if sampler.draw.is_greedy and all(stage.keeps_order for stage, _ in always):
-        is_random = (~sampler.draw.is_greedy(ctx) & ctx.active).any()
+    if sampler.draw.is_greedy and all(stage.keeps_order for stage, *_ in always):
+        is_random = (~sampler.draw.is_greedy(outside) & ctx.active).any()
         paths.append(draw_greedily)
         path = jnp.where((path == len(paths) - 2) & ~is_random, len(paths) - 1, path)
-    drawn = jax.lax.switch(path, paths, logits)
-    taken = Drawn(drawn.token)
-    state = (
-        transform.update(transform_state, taken, ctx),
-        sampler.draw.update(draw_state, taken, ctx),
-    )
-    return drawn, state
+    return jax.lax.switch(path, paths, logits)
 
 
-type Logits = Float[Array, "B V"]
-type Stages = tuple[tuple[LogitsTransform, Any], ...]
+type Parts = tuple[tuple[LogitsTransform, Any, SamplingContext], ...]
 
 
-def _apply(parts: Stages, logits: Logits, ctx: SamplingContext) -> Logits:
-    for stage, state in parts:
-        logits = stage.apply(logits, state, ctx)
+def _apply(parts: Parts, logits: Logits) -> Logits:
+    for stage, state, ctx in parts:
+        logits = applied(stage, logits, state, ctx)
     return logits
 
 
-def _before_filters(parts: Stages) -> Stages:
+def _selected(
+    draw: Draw, logits: Logits, state: Any, ctx: SamplingContext
+) -> tuple[Int[Array, " B"], Any]:
+    """What a draw picks, and what it reports beside it."""
+    selected = call(draw.select, logits, state, ctx)
+    token, aux = selected if isinstance(selected, tuple) else (selected, ())
+    is_integer = jnp.issubdtype(getattr(token, "dtype", float), jnp.integer)
+    wanted = jax.ShapeDtypeStruct(logits.shape[:1], token.dtype if is_integer else jnp.int32)
+    require_like(draw.select, token, wanted, "a token for each row")
+    require_rows(draw.select, aux, logits.shape[:1], "what it reports")
+    return token.astype(jnp.int32), aux
+
+
+def _before_filters(parts: Parts) -> Parts:
     return tuple(itertools.takewhile(lambda part: not part[0].is_filter, parts))
+
+
+def _checked(token: Int[Array, " B"], logits: Logits, processed: Logits) -> Int[Array, " B"]:
+    """The token, or what stands for its absence."""
+
+    def at_token(x: Logits) -> Float[Array, " B"]:
+        return jnp.take_along_axis(x, token[:, None], axis=-1, mode="clip")[:, 0]
+
+    is_in_vocab = (token >= 0) & (token < logits.shape[-1])
+    is_left = at_token(processed) > -jnp.inf
+    # argmax takes NaN for the largest, so a NaN anywhere in the row is what was drawn.
+    is_nan = jnp.isnan(at_token(logits))
+    token = jnp.where(is_in_vocab & is_left, token, NO_TOKEN)
+    return jnp.where(is_nan, NAN_TOKEN, token)
+
+
+def _push(history: Int[Array, "B H"] | None, token: Int[Array, " B"]) -> Array | None:
+    if history is None:
+        return None
+    return jnp.concatenate([history[:, 1:], token[:, None]], axis=-1)
+
+
+def _logprobs(
+    wants: Wants,
+    ctx: SamplingContext,
+    logits: Logits,
+    unfiltered: Callable[[Logits], Logits],
+    processed: Logits,
+    token: Int[Array, " B"],
+) -> dict[str, Array]:
+    """Of the token by all three measures, and of the most likely and of given ids by SGLang's.
+
+    SGLang's is after penalties, bias and temperature and before the filters. The logits for it are
+    made anew from the raw ones: nothing is kept for it when nobody asks.
+    """
+
+    def of_token(_: None) -> dict[str, Array]:
+        return {
+            "logprob": token_logprob(unfiltered(logits), token),
+            "raw_logprob": token_logprob(logits, token),
+            "processed_logprob": token_logprob(processed, token),
+        }
+
+    def of_lists(_: None) -> dict[str, Array]:
+        return listed_logprobs(unfiltered(logits), wants)
+
+    return {
+        **jax.lax.cond(
+            (wants.token & ctx.active).any(), of_token, lambda _: no_token_logprobs(token), None
+        ),
+        **jax.lax.cond(
+            (wants.lists & ctx.active).any(), of_lists, lambda _: no_listed_logprobs(wants), None
+        ),
+    }

@@ -1,5 +1,6 @@
 """The fixed shapes that programs are compiled for, and which one a batch takes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -28,7 +29,33 @@ class Buckets:
         """Rows of a prefill of this bucket: a fixed number, about one per 32 tokens."""
         return min(self.num_slots, max(8, num_tokens // 32), num_tokens)
 
+    @property
+    def split_rows(self) -> tuple[int, ...]:
+        """Rows whose logits the split form hands from the model to a sampler."""
+        return tuple(sorted({self.num_slots, *map(self.prefill_rows, self.prefill_tokens)}))
+
     def page_writes(self, num_rows: int) -> int:
         """Page-table entries a decode window of this bucket may write."""
         per_row = -(-self.max_window_steps // self.page_size) + 1
         return num_rows * per_row
+
+    def shape(
+        self, kind: str, needed: int, num_tokens: int, is_ready: Callable[..., bool]
+    ) -> tuple[int, int]:
+        """The smallest compiled shape that fits; one that is ready now is preferred.
+
+        Args:
+          kind: "prefill" or "decode".
+          needed: Packed tokens, or rows.
+          num_tokens: Length of the longest sequence.
+          is_ready: Says of `(kind, size, pages)` whether its program is compiled.
+        """
+        sizes = self.decode_rows if kind == "decode" else self.prefill_tokens
+        fits = [
+            (size, pages)
+            for size in sizes
+            for pages in self.num_pages
+            if size >= needed and pages * self.page_size >= num_tokens
+        ]
+        ready = [shape for shape in fits if is_ready((kind, *shape))]
+        return min(ready or fits)

@@ -1,6 +1,7 @@
 """What the scheduler tells the runtime to do next. Host values only; knows nothing of arrays on a
 device, nor of text."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,12 +11,15 @@ from jaxengine.types import SequenceRequest
 
 
 class NewRow(NamedTuple):
-    """A slot to be filled from scratch: a new sequence, or a preempted one that comes back.
+    """A slot to be filled from scratch: a new sequence, or one whose device state was lost.
+
+    A preempted sequence keeps its slot and all that is in it, so it needs none when it comes back.
 
     Attributes:
       slot: Which slot.
       request: Its request.
-      output_ids: Tokens generated so far; empty for a new sequence.
+      output_ids: Tokens generated so far, all of which the prefill then computes anew; empty for
+        a new sequence.
     """
 
     slot: int
@@ -40,6 +44,9 @@ class PrefillRow(NamedTuple):
       token_ids: The chunk's tokens.
       start: Absolute position of the first one.
       draws: The chunk ends a prompt, so the first token is drawn after it.
+      sampler_id: Which sampler draws.
+      targets: For every token of the chunk the one that follows it in the prompt, whose logprob is
+        wanted; -1 where none is. None when no prompt logprobs are wanted at all.
     """
 
     seq_id: int
@@ -47,6 +54,8 @@ class PrefillRow(NamedTuple):
     token_ids: np.ndarray
     start: int
     draws: bool
+    sampler_id: int = 0
+    targets: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +81,27 @@ class PrefillPlan:
         """Sequences of the rows, in order."""
         return [row.seq_id for row in self.rows]
 
+    @property
+    def draws(self) -> list[bool]:
+        """Which rows draw a token."""
+        return [row.draws for row in self.rows]
+
 
 class DecodeRow(NamedTuple):
-    """A running sequence and its slot."""
+    """A running sequence and its slot.
+
+    Attributes:
+      seq_id: Which sequence.
+      slot: Its slot.
+      sampler_id: Which sampler draws.
+      member: Place in its group of companions, whose rows follow one another; 0 leads, and draws
+        for all of them.
+    """
 
     seq_id: int
     slot: int
+    sampler_id: int = 0
+    member: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +127,11 @@ class DecodePlan:
         """Sequences of the rows, in order."""
         return [row.seq_id for row in self.rows]
 
+    @property
+    def draws(self) -> list[bool]:
+        """Which rows draw a token: all."""
+        return [True] * len(self.rows)
+
 
 type StepPlan = PrefillPlan | DecodePlan
 
@@ -111,9 +140,14 @@ class StepResult(NamedTuple):
     """What a step brought to the host.
 
     Attributes:
-      token_ids: int32 [rows, steps]; -1 where nothing was drawn, -2 where the logits held NaN.
-      logprobs: float32 [rows, steps]; 0 where not asked for.
+      token_ids: int32 [rows, steps]; -1 where nothing was drawn, -2 and below where drawing failed
+        (`DRAW_ERRORS`).
+      leaves: What is reported of every drawn token, by name, itself ("token") included: arrays
+        [rows, steps, ...].
+      prompt_leaves: What there is of prompt tokens, by name: for each row of a prefill an array
+        [tokens of the chunk, ...], to be read where the row's `targets` are not -1.
     """
 
     token_ids: np.ndarray
-    logprobs: np.ndarray
+    leaves: Mapping[str, np.ndarray] = {}
+    prompt_leaves: Mapping[str, list[np.ndarray]] = {}

@@ -1,11 +1,14 @@
 """One sample of one prompt while it lives in the engine: counters, pages, tokens."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 import numpy as np
 
-from jaxengine.types import SequenceRequest
+from jaxengine.scheduler.plan import PageWrite
+from jaxengine.scheduler.prefix_cache import Prefix
+from jaxengine.types import SequenceRequest, SequenceUpdate, StopReason
 
 
 class Status(Enum):
@@ -18,6 +21,41 @@ class Status(Enum):
 
 
 @dataclass(kw_only=True, eq=False)
+class Member:
+    """What a sequence has on the device: one of them, and one more for each companion.
+
+    Attributes:
+      request: The leader's request, or a companion's.
+      slot: Its row on the device; kept while preempted, with all that is in it.
+      is_filled: The slot has been filled for this member, or is in a step under way.
+      pages: KV pages in the order of the text.
+      num_table: How many of them are in the slot's page table.
+      prefix: How much of the text stands in the prefix cache, and is held there for this member.
+      num_prefilled: Tokens of the text whose K/V is in them, or will be after what is under way.
+    """
+
+    request: SequenceRequest
+    slot: int | None = None
+    is_filled: bool = False
+    pages: list[int] = field(default_factory=list)
+    num_table: int = 0
+    prefix: Prefix | None = None
+    num_prefilled: int = 0
+
+    @property
+    def held_slot(self) -> int:
+        """`slot`, of a member that was started."""
+        assert self.slot is not None, f"sequence {self.request.seq_id} was never started"
+        return self.slot
+
+    def take_page_writes(self) -> list[PageWrite]:
+        """What its page table lacks."""
+        first, self.num_table = self.num_table, len(self.pages)
+        slot = self.held_slot
+        return [PageWrite(slot, i, self.pages[i]) for i in range(first, self.num_table)]
+
+
+@dataclass(kw_only=True, eq=False)
 class Sequence:
     """Host state of a sequence; the scheduler is its only owner.
 
@@ -27,27 +65,39 @@ class Sequence:
 
     Attributes:
       request: What was asked.
+      arrival: How many sequences came before.
+      members: Itself, then its companions, which have other prompts and the same output.
       status: Where it stands.
-      slot: Its row on the device; kept while preempted, so that sampler state survives.
-      pages: KV pages it holds.
       output_ids: Tokens the host knows.
-      logprobs: Their logprobs, when asked for.
-      num_prefilled: Tokens whose prefill has been dispatched.
       num_scheduled: Upper bound of generated tokens after all steps in flight.
-      num_in_flight: Steps dispatched and not yet committed.
+      num_in_flight: Rows dispatched and not yet committed.
       num_retractions: How often it was preempted.
+      was_started: It has run before.
+      is_overdue: Too many later ones were faster, so it is first now, and stays when it runs.
+      cached_tokens: Prompt tokens that were not computed when it first started.
+      next_target: The first prompt token whose logprob no step was asked for yet.
+      first_unscored: The same, of steps that were committed.
     """
 
     request: SequenceRequest
+    arrival: int = 0
+    members: list[Member] = field(init=False)
     status: Status = Status.WAITING
-    slot: int | None = None
-    pages: list[int] = field(default_factory=list)
     output_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    num_prefilled: int = 0
     num_scheduled: int = 0
     num_in_flight: int = 0
     num_retractions: int = 0
+    was_started: bool = False
+    is_overdue: bool = False
+    cached_tokens: int = 0
+    next_target: int = 0
+    first_unscored: int = 0
+
+    def __post_init__(self) -> None:
+        self.members = [Member(request=r) for r in (self.request, *self.request.companions)]
+        start = self.request.logprob_start
+        first = len(self.request.prompt_ids) if start is None else max(1, start)
+        self.next_target = self.first_unscored = first
 
     @property
     def seq_id(self) -> int:
@@ -55,25 +105,89 @@ class Sequence:
         return self.request.seq_id
 
     @property
-    def held_slot(self) -> int:
-        """`slot`, of a sequence that was admitted."""
-        assert self.slot is not None, f"sequence {self.seq_id} was never admitted"
-        return self.slot
-
-    @property
-    def prefill_len(self) -> int:
-        """Tokens to compute before it can decode: the prompt, and after a preemption also the
-        known outputs but the last, which is fed to the first decode step."""
-        return len(self.request.prompt_ids) + max(0, len(self.output_ids) - 1)
+    def leader(self) -> Member:
+        """The member that draws."""
+        return self.members[0]
 
     @property
     def num_left(self) -> int:
-        """Tokens that may still be scheduled."""
-        return self.request.max_new_tokens - self.num_scheduled
+        """Tokens that may still be scheduled; a limit of 0 draws one, and drops it."""
+        return max(1, self.request.max_new_tokens) - self.num_scheduled
 
-    def prefill_tokens(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens of the text so far, from `start`."""
-        tokens = self.request.prompt_ids
-        if self.output_ids:
-            tokens = np.concatenate([tokens, np.asarray(self.output_ids[:-1], np.int32)])
-        return tokens[start : start + count]
+    @property
+    def num_slots_wanted(self) -> int:
+        """Slots it lacks."""
+        return sum(member.slot is None for member in self.members)
+
+    @property
+    def is_bound_to_slots(self) -> bool:
+        """The state its sampler has in them cannot be had again."""
+        return self.request.is_stateful and bool(self.output_ids)
+
+    @property
+    def is_drawn_by_prefill(self) -> bool:
+        """The prefill draws the first token; companions draw it together, in a decode window."""
+        return not self.output_ids and len(self.members) == 1
+
+    def text(self, member: Member) -> np.ndarray:
+        """A member's tokens as far as they are known."""
+        prompt = member.request.prompt_ids
+        if not self.output_ids:
+            return prompt
+        return np.concatenate([prompt, np.asarray(self.output_ids, np.int32)])
+
+    def prefill_len(self, member: Member) -> int:
+        """Tokens to compute before it can decode: the text, but for its last token where that is
+        fed to the first decode step."""
+        text_len = len(member.request.prompt_ids) + len(self.output_ids)
+        return text_len if self.is_drawn_by_prefill else max(1, text_len - 1)
+
+    def num_written(self, member: Member) -> int:
+        """Known tokens that are in the pages, or will be after what is under way.
+
+        The last one is still to be fed, or has been, or is fed a second time; so it never counts
+        but where the prefill draws.
+        """
+        if self.is_drawn_by_prefill:
+            return member.num_prefilled
+        most = len(member.request.prompt_ids) + len(self.output_ids) - 1
+        return most if self.status is Status.RUNNING else min(member.num_prefilled, most)
+
+    def max_cached(self, member: Member) -> int:
+        """Tokens the prefix cache may serve: not the last to compute, and none of those whose
+        hidden states the wanted prompt logprobs come from."""
+        most = self.prefill_len(member) - 1
+        if self.next_target < len(member.request.prompt_ids) and member is self.leader:
+            most = min(most, self.next_target - 1)
+        return most
+
+    def take_targets(self, start: int, count: int) -> np.ndarray | None:
+        """The tokens whose logprobs a chunk of the prompt must bring; each is asked for once."""
+        prompt = self.request.prompt_ids
+        first, end = max(start + 1, self.next_target), min(start + count + 1, len(prompt))
+        if first >= end:
+            return None
+        targets = np.full(count, -1, np.int32)
+        targets[first - start - 1 : end - start - 1] = prompt[first:end]
+        self.next_target = end
+        return targets
+
+    def last_update(
+        self,
+        token_ids: Iterable[int] = (),
+        leaves: Mapping[str, np.ndarray] = {},
+        prompt_leaves: Mapping[str, np.ndarray] = {},
+        finish: StopReason | None = None,
+        error: Exception | None = None,
+    ) -> SequenceUpdate:
+        """The update that ends it."""
+        return SequenceUpdate(
+            self.seq_id,
+            [*token_ids],
+            leaves,
+            prompt_leaves,
+            finish,
+            error,
+            cached_tokens=self.cached_tokens,
+            num_retractions=self.num_retractions,
+        )

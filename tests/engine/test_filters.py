@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from jaxengine.sampling import default_sampler, top_k_top_p_min_p
 from jaxengine.sampling.context import SamplingContext, row_keys
-from jaxengine.sampling.sampler import NAN_TOKEN, default_sampler, sample
-from jaxengine.sampling.transforms import top_k_top_p_min_p
+from jaxengine.sampling.logprobs import Wants
+from jaxengine.sampling.sampler import NAN_TOKEN, init_state, sample
 
 SAMPLER = default_sampler()
 
@@ -42,9 +43,9 @@ def make_context(num_rows: int, vocab: int, **values: Any) -> SamplingContext:
 
 @jax.jit
 def draw(logits: jax.Array, ctx: SamplingContext) -> tuple[jax.Array, jax.Array]:
-    state = (SAMPLER.transform.init(ctx), SAMPLER.draw.init(ctx))
-    drawn, _ = sample(SAMPLER, logits, state, ctx, ctx.active)
-    return drawn.token, drawn.logprob
+    wants = Wants(ctx.active, ~ctx.active, ctx.stop_token_ids, 1)
+    drawn, _ = sample(SAMPLER, logits, init_state(SAMPLER, ctx), ctx, wants)
+    return drawn.token, drawn.leaves["logprob"]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

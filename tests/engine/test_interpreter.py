@@ -69,9 +69,9 @@ while thread.is_alive() and not engine.stats()["num_running"]:
     time.sleep(0.001)
 """,
     "while programs compile": """
-from jaxengine import build
+from jaxengine.runtime.runner import ProgramFactory
 os.cpu_count = lambda: 1  # compile one at a time
-build.first_programs = lambda buckets: ()  # and wait for none of them
+ProgramFactory.first = lambda self: ()  # and wait for none of them
 engine = make_engine(executable_cache=False)
 assert engine.stats()["programs"]["num_compiled"] == 0
 """,

@@ -25,7 +25,13 @@ META_KEYS = {
     "num_retractions",
     "seed",
 }
-LOGPROB_KEYS = {"input_token_logprobs", "output_token_logprobs", "output_token_logprobs_length"}
+LOGPROB_KEYS = {
+    "input_token_logprobs",
+    "output_token_logprobs",
+    "output_token_logprobs_length",
+    "output_token_processed_logprobs",
+    "output_token_raw_logprobs",
+}
 OF_THIS_RUN = {"id", "e2e_latency", "response_sent_to_client_ts", "num_retractions"}
 
 

@@ -1,4 +1,4 @@
-"""Writes the golden logits that the parity tests compare with, using transformers and torch.
+"""Writes the golden files that the tests compare with, using transformers and torch.
 
     python tests/golden/make_golden.py           writes the files anew
     python tests/golden/make_golden.py --check   makes them anew and compares with those on disk
@@ -8,7 +8,8 @@ per model holds the weights under their Hugging Face names, the prompts as `inpu
 float32 logits as `logits.<i>`; its metadata holds the config and the versions. The weights are
 stored as float16, which loses nothing: they were rounded to it before the logits were computed.
 The demo model's own weights are not stored again, only their SHA-256, and logits for a few
-positions (`positions.<i>`).
+positions (`positions.<i>`). `sampling.safetensors` holds what transformers' logits processors make
+of rows of logits, each row with values of its own.
 """
 
 import argparse
@@ -180,11 +181,124 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
+V, ROWS = 48, 6
+# Case -> a processor and its values, one a row, by the name of the sampling parameter.
+PROCESSORS = {
+    "temperature": (
+        lambda temperature: transformers.TemperatureLogitsWarper(temperature),
+        {"temperature": [0.3, 0.7, 1.0, 1.3, 2.0, 5.0]},
+    ),
+    "top_k": (
+        lambda top_k: transformers.TopKLogitsWarper(top_k),
+        {"top_k": [1, 2, 5, 17, 47, 48]},
+    ),
+    "top_p": (
+        lambda top_p: transformers.TopPLogitsWarper(top_p),
+        {"top_p": [0.05, 0.3, 0.6, 0.9, 0.97, 1.0]},
+    ),
+    "min_p": (
+        lambda min_p: transformers.MinPLogitsWarper(min_p),
+        {"min_p": [0.0, 0.01, 0.1, 0.3, 0.7, 1.0]},
+    ),
+    "typical": (
+        lambda typical_p: transformers.TypicalLogitsWarper(typical_p),
+        {"typical_p": [0.05, 0.2, 0.5, 0.8, 0.95, 0.99]},
+    ),
+    "epsilon": (
+        lambda epsilon_cutoff: transformers.EpsilonLogitsWarper(epsilon_cutoff),
+        {"epsilon_cutoff": [3e-4, 0.003, 0.01, 0.05, 0.2, 0.9]},
+    ),
+    "eta": (
+        lambda eta_cutoff: transformers.EtaLogitsWarper(eta_cutoff),
+        {"eta_cutoff": [3e-4, 0.004, 0.02, 0.1, 0.4, 0.9]},
+    ),
+    "top_h": (
+        lambda top_h: transformers.TopHLogitsWarper(top_h),
+        {"top_h": [0.05, 0.2, 0.4, 0.6, 0.8, 0.95]},
+    ),
+    "repetition_penalty": (
+        lambda repetition_penalty: transformers.RepetitionPenaltyLogitsProcessor(
+            repetition_penalty
+        ),
+        {"repetition_penalty": [0.5, 0.9, 1.0, 1.1, 1.5, 2.0]},
+    ),
+    "no_repeat_ngram": (
+        lambda no_repeat_ngram_size: transformers.NoRepeatNGramLogitsProcessor(
+            no_repeat_ngram_size
+        ),
+        {"no_repeat_ngram_size": [1, 2, 2, 3, 3, 4]},
+    ),
+    "bad_words": (
+        lambda bad_words: transformers.NoBadWordsLogitsProcessor(bad_words),
+        # The texts are of tokens 0 to 4, so that some of these are about to be completed.
+        {
+            "bad_words": [
+                [[7]],
+                [[a, 20 + a] for a in range(5)],
+                [[a, b, 20 + a + b] for a in range(3) for b in range(5)],
+                [[a, b, 3 * a + b] for a in range(5) for b in range(5)],
+                [[7], [1, 8], [0, 1, 9], [3, 3, 3, 3], [4, 5]],
+                [[a, a] for a in range(5)],
+            ]
+        },
+    ),
+    "allowed_tokens": (
+        lambda allowed_token_ids: transformers.PrefixConstrainedLogitsProcessor(
+            lambda batch, text: allowed_token_ids, 1
+        ),
+        {"allowed_token_ids": [[3], [0, 47], [*range(10)], [5, 5, 6], [*range(48)], [11, 2]]},
+    ),
+    "guidance": (
+        lambda guidance_scale: Guidance(guidance_scale),
+        {"guidance_scale": [0.0, 0.5, 1.0, 1.5, 3.0, 7.5]},
+    ),
+}
+
+
+class Guidance(transformers.UnbatchedClassifierFreeGuidanceLogitsProcessor):
+    """Classifier-free guidance with given logits in place of the second forward."""
+
+    def __init__(self, guidance_scale: float) -> None:
+        super().__init__(guidance_scale, model=None)
+        self.companion: torch.Tensor | None = None
+
+    def get_unconditional_logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.companion[:, None]
+
+
+@torch.no_grad()
+def golden_sampling() -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Logits, texts, and for every case what its processor makes of each row."""
+    rng = np.random.default_rng(7)
+    logits = (2 * rng.standard_normal((ROWS, V))).astype(np.float32)
+    companion = (2 * rng.standard_normal((ROWS, V))).astype(np.float32)
+    texts = rng.integers(0, 5, (ROWS, 24), dtype=np.int64)
+    tensors = {"logits": logits, "companion": companion, "texts": texts.astype(np.int32)}
+    for case, (make, values) in PROCESSORS.items():
+        rows = []
+        for row in range(ROWS):
+            processor = make(**{name: per_row[row] for name, per_row in values.items()})
+            if case == "guidance":
+                processor.companion = torch.from_numpy(companion[row : row + 1])
+            text, scores = (torch.from_numpy(x[row : row + 1]) for x in (texts, logits))
+            rows.append(processor(text, scores.clone())[0].numpy())
+        tensors[f"scores.{case}"] = np.stack(rows)
+    values = {case: values for case, (_, values) in PROCESSORS.items()}
+    detector = object.__new__(transformers.WatermarkDetector)
+    detector.greenlist_ratio = 0.25
+    green, scored = np.array([5, 30, 60, 100]), np.array([40, 80, 120, 399])
+    z = detector._compute_z_score(green, scored)
+    p = detector._compute_pval(z)
+    tensors |= {"scores.watermark": np.stack([green, scored, z, p]).astype(np.float64)}
+    return tensors, {"values": json.dumps(values)}
+
+
 def make_all() -> dict[str, tuple[dict[str, np.ndarray], dict[str, str]]]:
     """Every golden by its name: tensors and metadata."""
     goldens = {name: golden_random(name, seed) for seed, name in enumerate(CONFIGS)}
     if DEMO.exists():
         goldens["demo"] = golden_demo()
+    goldens["sampling"] = golden_sampling()
     return goldens
 
 
@@ -200,11 +314,16 @@ def check(name: str, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -
     wrong += [f"{name}: {key} is in one only" for key in sorted(stored.keys() ^ tensors.keys())]
     worst = 0.0
     for key in sorted(stored.keys() & tensors.keys()):
-        if not key.startswith("logits."):
+        finite = np.isfinite(stored[key])
+        if not key.startswith(("logits.", "scores.")):
             if not np.array_equal(stored[key], tensors[key]):
                 wrong.append(f"{name}: {key} differs")
             continue
-        error = float(np.abs(stored[key] - tensors[key]).max() / np.abs(stored[key]).max())
+        if not np.array_equal(finite, np.isfinite(tensors[key])):
+            wrong.append(f"{name}: {key} has other removed tokens")
+            continue
+        old, new = stored[key][finite], tensors[key][finite]
+        error = float(np.abs(old - new).max() / np.abs(old).max())
         worst = max(worst, error)
         if not error <= TOLERANCE:
             wrong.append(f"{name}: {key} is off by {error:.1e} of the largest, > {TOLERANCE:.0e}")

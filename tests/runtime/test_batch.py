@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxengine.runtime import batch
-from jaxengine.runtime.batch import DROPPED, Edits, Packing
-from jaxengine.runtime.slots import SlotLayout
+from jaxengine.runtime.batch import DROPPED, Packing
+from jaxengine.runtime.slots import TableLayout, sampler_values, slot_layout, slot_values
+from jaxengine.runtime.state import edit_table
 from jaxengine.scheduler.buckets import Buckets
 from jaxengine.scheduler.plan import (
     DecodePlan,
@@ -34,7 +35,8 @@ PARAMS = {
     "temperature": Param("float32", 1.0),
     "bias_ids": Param("int32", (), shape=(300,), pad=-1),
 }
-LAYOUT = SlotLayout(PARAMS, pages_per_sequence=16)
+SLOTS = slot_layout(pages_per_sequence=16)
+SEATS = TableLayout(PARAMS)
 
 
 def unpack(packing: Packing, packed: np.ndarray) -> dict[str, list[int]]:
@@ -67,19 +69,19 @@ def decode_plan(*slots: int, num_rows: int = 4, **kwargs: Any) -> DecodePlan:
     return DecodePlan(num_rows=num_rows, num_pages=16, num_steps=17, rows=rows, **kwargs)
 
 
-def apply(table: np.ndarray, segments: dict[str, list[int]]) -> np.ndarray:
-    """The slot table after the edits, as the head of a step makes them."""
-    slots = jnp.asarray(table)
-    if "resets" in segments:
-        resets = jnp.asarray(segments["resets"])
-        slots = slots.at[resets].set(jnp.asarray(LAYOUT.default_row), mode="drop")
-    cells, values = jnp.asarray(segments["cells"]), jnp.asarray(segments["cell_values"])
-    flat = slots.reshape(-1).at[cells].set(values, mode="drop")
-    return np.asarray(flat.reshape(slots.shape))
+def apply(
+    table: np.ndarray,
+    segments: dict[str, list[int]],
+    layout: TableLayout = SLOTS,
+    prefix: str = "",
+) -> np.ndarray:
+    """A table after the edits."""
+    edits = {name: jnp.asarray(values, jnp.int32) for name, values in segments.items()}
+    return np.asarray(edit_table(layout, jnp.asarray(table), edits, prefix))
 
 
-def garbage_table(num_slots: int = BUCKETS.num_slots) -> np.ndarray:
-    return np.full((num_slots, LAYOUT.width), -9, np.int32)
+def garbage_table(num_slots: int = BUCKETS.num_slots, layout: TableLayout = SLOTS) -> np.ndarray:
+    return np.full((num_slots, layout.width), -9, np.int32)
 
 
 # Packing
@@ -115,34 +117,35 @@ def test_prefill_is_packed():
         new_rows=[new_row(5), new_row(7, output_ids=(1, 2))],
         page_writes=[PageWrite(5, 0, 33), PageWrite(2, 1, 44)],
     )
-    edits = batch.collect_edits(LAYOUT, plan.new_rows, plan.page_writes)
-    packed = batch.pack_prefill(plan, BUCKETS, edits)
-    assert packed is not None
+    edits = batch.slot_edits(SLOTS, plan.new_rows, plan.page_writes)
+    seats = batch.seat_edits(SEATS, plan.new_rows)
+    packed = batch.pack_prefill(plan, BUCKETS, edits, seats)
     got = unpack(batch.prefill_packing(BUCKETS, 32), packed)
     assert got["token_ids"] == [0, 1, 2, 8, 9, 10, 11, 1] + [0] * 24
     assert got["slot_ids"] == [5, 2, 7] + [DROPPED] * 5
     assert got["q_starts"] == [0, 3, 7, 8] + [8] * 5
     assert got["kv_lens"] == [3, 12, 2] + [0] * 5
     assert got["draws"] == [1, 0, 1] + [0] * 5
-    # A sequence that comes back keeps its sampler state, so it is not new.
-    assert got["is_new"] == [1] + [0] * 7
-    assert got["resets"] == [5, 7] + [DROPPED] * 6
+    assert got["resets"] == got["seat_resets"] == [5, 7] + [DROPPED] * 6
 
     table = apply(garbage_table(), got)
-    pages = LAYOUT.columns["page_table"].start
+    pages = SLOTS.columns["page_table"].start
     assert table[5, pages] == 33 and table[2, pages + 1] == 44
     assert (table[[0, 1, 3, 4, 6]] == -9).all()
     assert np.count_nonzero(table[2] != -9) == 1
-    wanted = LAYOUT.default_row.copy()
-    cells, values = LAYOUT.cells(new_row(7, output_ids=(1, 2)))
-    wanted[cells - 7 * LAYOUT.width] = values
+    wanted = SLOTS.default_row.copy()
+    cells, values = SLOTS.cells(7, slot_values(new_row(7, output_ids=(1, 2))))
+    wanted[cells - 7 * SLOTS.width] = values
     assert table[7].tolist() == wanted.tolist()
+    table = apply(garbage_table(layout=SEATS), got, SEATS, "seat_")
+    temperature = SEATS.read(jnp.asarray(table), "temperature")
+    assert temperature[5] == 1.25 and temperature[7] == 1.75
+    assert (table[[0, 1, 2, 3, 4, 6]] == -9).all()
 
 
 def test_prefill_may_fill_its_bucket():
     plan = prefill_plan(*(chunk(slot, 0, 4) for slot in range(8)))
-    packed = batch.pack_prefill(plan, BUCKETS, batch.NO_EDITS)
-    assert packed is not None
+    packed = batch.pack_prefill(plan, BUCKETS, batch.NO_EDITS, batch.NO_EDITS)
     got = unpack(batch.prefill_packing(BUCKETS, 32), packed)
     assert got["q_starts"] == list(range(0, 33, 4))
     assert got["slot_ids"] == list(range(8)) and got["resets"] == [DROPPED] * 8
@@ -153,13 +156,14 @@ def test_prefill_may_fill_its_bucket():
 
 def test_decode_is_packed():
     plan = decode_plan(6, 0, 3, page_writes=[PageWrite(0, 2, 9)])
-    packed = batch.pack_decode(plan, BUCKETS, batch.collect_edits(LAYOUT, [], plan.page_writes))
-    assert packed is not None
+    edits = batch.slot_edits(SLOTS, [], plan.page_writes)
+    packed = batch.pack_decode(plan, BUCKETS, 4, edits)
     got = unpack(batch.decode_packing(BUCKETS, 4), packed)
     assert got["num_steps"] == [17]
     assert got["slot_ids"] == [6, 0, 3, DROPPED]
+    assert got["leaders"] == [0, 1, 2, 3]
     table = apply(garbage_table(), got)
-    assert table[0, LAYOUT.columns["page_table"].start + 2] == 9
+    assert table[0, SLOTS.columns["page_table"].start + 2] == 9
     assert np.count_nonzero(table != -9) == 1
 
 
@@ -167,70 +171,88 @@ def test_decode_is_packed():
 def test_decode_has_room_for_all_pages_of_a_window(num_rows: int):
     # A window of 32 that starts on the last place of a page of 16 takes two pages more.
     writes = [PageWrite(slot, i, 1 + i) for slot in range(num_rows) for i in range(2)]
-    plan = decode_plan(*range(num_rows), num_rows=num_rows, page_writes=writes)
-    edits = batch.collect_edits(LAYOUT, [], writes)
-    assert batch.pack_decode(plan, BUCKETS, edits) is not None
+    edits = batch.slot_edits(SLOTS, [], writes)
+    assert batch.fits(batch.decode_packing(BUCKETS, num_rows), edits)
 
 
-def test_decode_that_overflows_is_not_packed():
+def test_what_overflows_does_not_fit():
+    packing = batch.decode_packing(BUCKETS, 1)
     writes = [PageWrite(0, i, 1 + i) for i in range(BUCKETS.page_writes(1) + 1)]
-    edits = batch.collect_edits(LAYOUT, [], writes)
-    plan = decode_plan(0, num_rows=1, page_writes=writes)
-    assert batch.pack_decode(plan, BUCKETS, edits) is None
-    assert batch.pack_decode(plan, BUCKETS, batch.NO_EDITS) is not None
+    assert not batch.fits(packing, batch.slot_edits(SLOTS, [], writes))
+    assert batch.fits(packing, batch.NO_EDITS)
+    assert not batch.fits(packing, batch.slot_edits(SLOTS, [new_row(0)], []))  # no resets
+    seats = batch.seat_edits(SEATS, [new_row(slot, num_biases=300) for slot in range(8)])
+    assert not batch.fits(batch.prefill_packing(BUCKETS, 32), seats, "seat_")
 
 
-def test_decode_has_no_room_for_resets():
-    edits = batch.collect_edits(LAYOUT, [new_row(0)], [])
-    assert batch.pack_decode(decode_plan(0), BUCKETS, edits) is None
+def test_companions_follow_their_leader():
+    rows = [DecodeRow(i, i, 3, member) for i, member in enumerate((0, 0, 1, 2, 0, 1))]
+    plan = DecodePlan(num_rows=8, num_pages=16, num_steps=4, rows=rows)
+    got = unpack(
+        batch.decode_packing(BUCKETS, 8), batch.pack_decode(plan, BUCKETS, 8, batch.NO_EDITS)
+    )
+    assert got["leaders"] == [0, 1, 1, 1, 4, 4, 6, 7]
+
+
+# Split form
+
+
+def test_a_sampler_draws_for_its_own_rows_only():
+    plan = prefill_plan(
+        chunk(5, 0, 3)._replace(sampler_id=2),
+        chunk(2, 8, 4, draws=False)._replace(sampler_id=2),
+        chunk(7, 1, 1),
+    )
+    got = unpack(batch.draw_packing(8), batch.pack_draw(plan, 8, 2))
+    assert got["slot_ids"] == [5, 2, 7] + [DROPPED] * 5
+    assert got["draws"] == [1] + [0] * 7
+    assert (
+        unpack(batch.draw_packing(8), batch.pack_draw(plan, 8, 0))["draws"] == [0, 0, 1] + [0] * 5
+    )
+
+
+def test_prompt_targets_are_packed_with_the_ids_of_their_rows():
+    plan = prefill_plan(
+        chunk(5, 0, 3),
+        chunk(2, 8, 4, draws=False)._replace(targets=np.asarray([-1, 10, 11, 12], np.int32)),
+    )
+    packed = batch.pack_score(plan, BUCKETS, {2: (40, 41), 5: ()})
+    got = unpack(batch.score_packing(BUCKETS, 32), packed)
+    assert got["targets"] == [-1, -1, -1, -1, 10, 11, 12] + [-1] * 25
+    assert got["rows"][:7] == [0, 0, 0, 1, 1, 1, 1]
+    ids = np.asarray(got["logprob_ids"]).reshape(8, -1)
+    assert ids[1, :3].tolist() == [40, 41, -1] and (ids[[0, *range(2, 8)]] == -1).all()
 
 
 # Overflow
 
 
-def test_prefill_that_overflows_gives_the_same_table_in_pieces():
-    rows = [new_row(slot, num_biases=40 * slot) for slot in range(8)]
-    writes = [PageWrite(slot, i, 1 + 16 * slot + i) for slot in range(8) for i in range(3)]
-    plan = prefill_plan(*(chunk(i, 0, 2) for i in range(8)), new_rows=rows, page_writes=writes)
-    edits = batch.collect_edits(LAYOUT, rows, writes)
-    assert batch.pack_prefill(plan, BUCKETS, edits) is None
-    whole = apply(garbage_table(), {name: v.tolist() for name, v in edits._asdict().items()})
-    assert apply_pieces(garbage_table(), edits).tolist() == whole.tolist()
-    packed = batch.pack_prefill(plan, BUCKETS, batch.NO_EDITS)
-    assert packed is not None
-    got = unpack(batch.prefill_packing(BUCKETS, 32), packed)
-    assert got["is_new"] == [1] * 8
-    assert apply(whole, got).tolist() == whole.tolist()
-
-
-def apply_pieces(table: np.ndarray, edits: Edits) -> np.ndarray:
-    packing = batch.admit_packing()
-    for piece in batch.split_edits(edits):
-        table = apply(table, unpack(packing, batch.pack_edits(piece)))
-    return table
-
-
-def test_edits_beyond_one_admission_give_the_same_table():
-    num_slots = batch.ADMIT_ROWS + 44
+def test_edits_in_pieces_give_the_same_table():
+    num_slots = batch.EDIT_ROWS + 44
     rows = [new_row(slot, num_biases=200) for slot in range(num_slots)]
-    writes = [PageWrite(slot, i, 1 + i) for slot in range(num_slots) for i in range(3)]
-    edits = batch.collect_edits(LAYOUT, rows, writes)
-    assert len(edits.resets) > batch.ADMIT_ROWS and len(edits.cells) > 3 * batch.ADMIT_CELLS
-    whole = apply(
-        garbage_table(num_slots), {name: v.tolist() for name, v in edits._asdict().items()}
-    )
-    assert np.array_equal(apply_pieces(garbage_table(num_slots), edits), whole)
+    edits = batch.seat_edits(SEATS, rows)
+    assert len(edits.resets) > batch.EDIT_ROWS and len(edits.cells) > 3 * batch.EDIT_CELLS
+    garbage = garbage_table(num_slots, SEATS)
+    whole = apply(garbage, {k: v.tolist() for k, v in edits._asdict().items()}, SEATS)
+    pieces = garbage
+    for piece in batch.split_edits(edits):
+        pieces = apply(pieces, unpack(batch.edit_packing(), piece), SEATS)
+    assert np.array_equal(pieces, whole)
+    for slot in (0, num_slots - 1):
+        cells, values = SEATS.cells(slot, sampler_values(SEATS, rows[slot]))
+        assert whole.reshape(-1)[cells].tolist() == values.tolist()
 
 
 def test_resets_come_before_any_cell():
     rows = [new_row(slot, num_biases=100) for slot in range(300)]
-    pieces = batch.split_edits(batch.collect_edits(LAYOUT, rows, []))
-    has_resets = [len(piece.resets) > 0 for piece in pieces]
+    pieces = batch.split_edits(batch.seat_edits(SEATS, rows))
+    parts = [unpack(batch.edit_packing(), piece) for piece in pieces]
+    has_resets = [part["resets"][0] != DROPPED for part in parts]
+    has_cells = [part["cells"][0] != DROPPED for part in parts]
     assert has_resets == sorted(has_resets, reverse=True) and sum(has_resets) == 2
-    assert not any(len(piece.resets) and len(piece.cells) for piece in pieces)
+    assert not any(a and b for a, b in zip(has_resets, has_cells, strict=True))
 
 
-def test_no_edits_take_no_admission():
+def test_no_edits_take_no_program():
     assert batch.split_edits(batch.NO_EDITS) == []
-    edits = batch.collect_edits(LAYOUT, [], [])
-    assert [len(part) for part in edits] == [0, 0, 0]
+    assert [len(part) for part in batch.slot_edits(SLOTS, [], [])] == [0, 0, 0]

@@ -13,10 +13,12 @@ from jaxengine.models import MODELS
 from jaxengine.models.family import BoundModel
 from jaxengine.nn.attention import ForwardContext
 from jaxengine.runtime import weights
-from jaxengine.runtime.decode_loop import Steps
-from jaxengine.runtime.runner import abstract_state, program_specs
+from jaxengine.runtime.decode_loop import SamplerSteps
+from jaxengine.runtime.forward import Forward
+from jaxengine.runtime.programs import ProgramKey
+from jaxengine.runtime.runner import ProgramFactory
 from jaxengine.runtime.sharding import make_mesh
-from jaxengine.runtime.slots import SlotLayout
+from jaxengine.runtime.slots import slot_layout
 from jaxengine.sampling import default_sampler
 from jaxengine.scheduler.buckets import Buckets
 from tests import deviceless
@@ -57,17 +59,17 @@ def compiled(kind: str, size: int, dump: Path) -> jax.stages.Compiled:
         page_size=16,
         max_window_steps=32,
     )
-    steps = Steps(
+    forward = Forward(
         model=model,
-        sampler=sampler,
-        layout=SlotLayout(sampler.params, PAGES_PER_SEQUENCE),
+        layout=slot_layout(PAGES_PER_SEQUENCE),
         buckets=buckets,
         ctx=ForwardContext(mesh=mesh, kernels="triton"),
+        num_top=20,
     )
-    state = abstract_state(steps, mesh, NUM_PAGES, jnp.dtype(jnp.bfloat16))
-    spec = program_specs(steps, weights.place(model, mesh), state, mesh)[
-        kind, size, PAGES_PER_SEQUENCE
-    ]
+    steps = SamplerSteps.bind(forward, sampler)
+    kv_dtype = jnp.dtype(jnp.bfloat16)
+    factory = ProgramFactory(forward, weights.place(model, mesh), mesh, NUM_PAGES, kv_dtype)
+    spec = factory.fused(steps, is_cached=True)[ProgramKey(kind, size, PAGES_PER_SEQUENCE)]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = spec.lower()
     return lowered.compile({**spec.options, "xla_dump_to": str(dump)})

@@ -1,14 +1,16 @@
 """Drives an EngineCore over the fake runner, and checks after every step all that must hold."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from jaxengine.core import EngineCore
 from jaxengine.errors import NaNLogitsError, StepError
 from jaxengine.scheduler.buckets import Buckets
 from jaxengine.scheduler.page_pool import PagePool
+from jaxengine.scheduler.policy import Policy
+from jaxengine.scheduler.prefix_cache import CachedPage
 from jaxengine.scheduler.scheduler import Scheduler
 from jaxengine.types import SequenceRequest, SequenceUpdate
-from tests.fake_runner import FakeRunner, Fault, InjectedFault, logprob_of, oracle
+from tests.fake_runner import FakeRunner, Fault, logprob_of, oracle
 
 
 def make_buckets(
@@ -30,6 +32,9 @@ def make_buckets(
     )
 
 
+FCFS = Policy()
+
+
 class Driver:
     """A core on a fake device, and what came of every request."""
 
@@ -40,14 +45,22 @@ class Driver:
         *,
         faults: Mapping[int, Fault] | None = None,
         is_eager: bool = False,
+        failing_resets: Collection[int] = (),
         is_ready: Callable[[tuple[str, int, int]], bool] = lambda key: True,
+        policy: Policy = FCFS,
+        has_prefix_cache: bool = True,
     ) -> None:
         self.pool = PagePool(num_pages)
-        self.scheduler = Scheduler(buckets, self.pool, is_ready)
-        self.runner = FakeRunner(buckets, num_pages, faults, is_eager)
-        self.core = EngineCore(self.scheduler, self.runner)
+        self.scheduler = Scheduler(
+            buckets, self.pool, is_ready, policy=policy, has_prefix_cache=has_prefix_cache
+        )
+        self.cache = self.scheduler._roster.cache
+        self.runner = FakeRunner(buckets, num_pages, faults, is_eager, failing_resets)
+        self.core = EngineCore(self.scheduler, self.runner, page_bytes=500_000)
         self.requests: dict[int, SequenceRequest] = {}
+        self.leader_ids: dict[int, int] = {}
         self.tokens: dict[int, list[int]] = {}
+        self.prompt_logprobs: dict[int, list[float]] = {}
         self.endings: dict[int, SequenceUpdate] = {}
         self.aborted: set[int] = set()
         self.num_steps = 0
@@ -65,7 +78,10 @@ class Driver:
     def add(self, *requests: SequenceRequest) -> None:
         for request in requests:
             self.requests[request.seq_id] = request
+            for member in (request, *request.companions):
+                self.leader_ids[member.seq_id] = request.seq_id
             self.tokens[request.seq_id] = []
+            self.prompt_logprobs[request.seq_id] = []
             self.core.add(request)
 
     def abort(self, seq_id: int) -> None:
@@ -79,17 +95,33 @@ class Driver:
         self.num_steps += 1
         living, num_failed = self.living, len(self.runner.failed)
         before = (len(self.runner.plans), self.runner.num_reads, num_failed)
+        cached = self._cached_pages()
+        self.runner.written.clear()
         updates = self.core.step()
+        self._check_writes(cached)
         after = (len(self.runner.plans), self.runner.num_reads, len(self.runner.failed))
         assert after != before or not self.core.has_work, "deadlock: nothing was started or read"
-        assert len({update.seq_id for update in updates}) == len(updates)
+        has_failed = len(self.runner.failed) > num_failed
+        assert has_failed or len({update.seq_id for update in updates}) == len(updates)
+        self.receive(updates)
+        failed = {
+            self.leader_ids[i] for plan in self.runner.failed[num_failed:] for i in plan.seq_ids
+        }
+        got = {update.seq_id for update in updates if isinstance(update.error, StepError)}
+        # Of the others only those end whose sampler's state was lost with the device's; and all
+        # where that cannot be made anew.
+        others = {i for i in got - failed if not self.requests[i].is_stateful}
+        others = others if self.core._has_device_state else set()
+        assert failed & living <= self.endings.keys() and not others, (
+            "not those of the failed step have failed"
+        )
+        return updates
+
+    def receive(self, updates: list[SequenceUpdate]) -> None:
+        """Takes updates in, and checks what must hold then."""
         for update in updates:
             self._receive(update)
         self.check()
-        failed = {i for plan in self.runner.failed[num_failed:] for i in plan.seq_ids}
-        got = {update.seq_id for update in updates if isinstance(update.error, StepError)}
-        assert got == failed & living, "other sequences failed than those of the failed step"
-        return updates
 
     def run(self, max_steps: int = 10_000) -> None:
         """Steps until nothing is left to do; every request must have ended then."""
@@ -99,15 +131,22 @@ class Driver:
             self.step()
         assert not self.core.has_work, f"no end after {max_steps} steps"
         assert not self.living
-        assert self.pool.num_free == self.pool.capacity
+        assert self.cache.num_available == self.pool.capacity
         assert self.scheduler.stats.num_finished == len(self.requests)
 
     def check(self) -> None:
         """Asserts what must hold between any two steps."""
         self.scheduler.check_integrity()
-        order = [s.seq_id for s in (*self.scheduler._running, *self.scheduler._waiting)]
-        assert order == sorted(order), "a later request stands before an earlier one"
-        assert set(order) == self.living
+        there = [*self.scheduler._roster.running, *self.scheduler._roster.waiting]
+        assert {sequence.seq_id for sequence in there} == self.living
+
+    def _cached_pages(self) -> dict[CachedPage, int]:
+        return {cached: cached.page for cached in self.cache._pages.values()}
+
+    def _check_writes(self, cached: Mapping[CachedPage, int]) -> None:
+        """Asserts that the step wrote into no page that was cached before and after it."""
+        kept = {page for entry, page in cached.items() if entry in self._cached_pages()}
+        assert not kept & self.runner.written, "a cached page is written"
 
     def _receive(self, update: SequenceUpdate) -> None:
         seq_id = update.seq_id
@@ -116,20 +155,31 @@ class Driver:
         tokens += update.token_ids
         wanted = oracle(request)
         assert tokens == wanted.token_ids[: len(tokens)]
-        assert list(update.logprobs) == [
-            logprob_of(t) for t in update.token_ids if request.wants_logprobs
-        ]
+        if request.max_new_tokens > 0:
+            assert list(update.leaves.get("logprob", ())) == [
+                logprob_of(t) * request.wants_logprobs for t in update.token_ids
+            ]
+        self.prompt_logprobs[seq_id] += list(update.prompt_leaves.get("logprob", ()))
+        start = len(request.prompt_ids) if request.logprob_start is None else request.logprob_start
+        scores = [logprob_of(t) for t in request.prompt_ids[max(1, start) :]]
+        got = self.prompt_logprobs[seq_id]
+        assert got == scores[: len(got)]
         if update.finish is None and update.error is None:
-            assert update.token_ids, "an update brings nothing"
+            assert update.token_ids or update.prompt_leaves, "an update brings nothing"
             return
         self.endings[seq_id] = update
-        if isinstance(update.error, StepError) and isinstance(
-            update.error.__cause__, InjectedFault
-        ):
-            assert "InjectedFault: the device caught fire" in str(update.error)
+        if isinstance(update.error, StepError):
+            message = str(update.error)
+            if self.runner.num_resets > 2 and "could not be made anew" in message:
+                return
+            is_lost = request.is_stateful and "the state its sampler had" in message
+            assert is_lost or "InjectedFault: the device caught fire" in message
             return
         if isinstance(update.error, NaNLogitsError):
             assert request.rid in str(update.error)
         elif update.error is not None:
             raise update.error
+        if update.finish and update.finish.type == "abort":
+            return
+        assert got == scores
         assert (tokens, update.finish) == wanted

@@ -24,6 +24,10 @@ def _quick_and_quiet() -> Iterator[None]:
         yield
 
 
+def prompt(length: int, seed: int) -> list[int]:
+    return [(i * i + i // 9 * (seed % 3)) % VOCAB_SIZE for i in range(length)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Visit:
     """A request on its way through the engine.
@@ -40,6 +44,10 @@ class Visit:
       is_streaming: Someone reads along.
       wants_logprobs: As it says.
       ignore_eos: As it says.
+      companion_lens: Prompts of its companions.
+      logprob_start: As it says.
+      is_stateful: As it says.
+      salt: Its namespace in the prefix cache.
     """
 
     wait: int
@@ -53,6 +61,18 @@ class Visit:
     is_streaming: bool
     wants_logprobs: bool
     ignore_eos: bool
+    companion_lens: tuple[int, ...]
+    logprob_start: int | None
+    is_stateful: bool
+    salt: str | None
+
+    @property
+    def num_members(self) -> int:
+        return 1 + len(self.companion_lens)
+
+    def num_pages(self, page_size: int) -> int:
+        lens = (self.prompt_len, *self.companion_lens)
+        return sum(-(-(n + max(1, self.max_new_tokens)) // page_size) for n in lens)
 
     def request(self, seq_id: int) -> SequenceRequest:
         return make_request(
@@ -66,6 +86,15 @@ class Visit:
             ignore_eos=self.ignore_eos,
             is_streaming=self.is_streaming,
             wants_logprobs=self.wants_logprobs,
+            is_stateful=self.is_stateful,
+            logprob_start=self.logprob_start,
+            cache_namespace=self.salt,
+            # Few seeds and one formula for all: many prompts begin alike.
+            prompt_ids=prompt(self.prompt_len, self.seed),
+            companions=tuple(
+                make_request(100 * (seq_id + 1) + i, n, 0, prompt_ids=prompt(n, self.seed + i))
+                for i, n in enumerate(self.companion_lens)
+            ),
         )
 
 
@@ -83,6 +112,7 @@ class Trace:
       ready: Bits that say which programs are compiled.
       is_eager: See `FakeRunner`.
       faults: See `FakeRunner`.
+      has_prefix_cache: As it says.
     """
 
     visits: list[Visit]
@@ -94,24 +124,29 @@ class Trace:
     ready: int
     is_eager: bool
     faults: dict[int, Fault]
+    has_prefix_cache: bool
 
     def driver(self) -> Driver:
-        longest = max(v.prompt_len + max(1, v.max_new_tokens) for v in self.visits)
+        longest = max(
+            max(v.prompt_len, *v.companion_lens, 0) + max(1, v.max_new_tokens) for v in self.visits
+        )
         most = -(-longest // self.page_size)
+        num_slots = max(self.num_slots, *(v.num_members for v in self.visits))
         buckets = Buckets(
-            decode_rows=tuple(sorted({1, -(-self.num_slots // 2), self.num_slots})),
+            decode_rows=tuple(sorted({1, -(-num_slots // 2), num_slots})),
             prefill_tokens=self.prefill_tokens,
             num_pages=tuple(sorted({-(-most // 3), most})),
-            num_slots=self.num_slots,
+            num_slots=num_slots,
             page_size=self.page_size,
             max_window_steps=self.max_window_steps,
         )
         return Driver(
             buckets,
-            1 + most + self.spare_pages,
+            1 + max(v.num_pages(self.page_size) for v in self.visits) + self.spare_pages,
             faults=self.faults,
             is_eager=self.is_eager,
             is_ready=lambda key: bool(self.ready >> (sum(key[1:]) % 8) & 1),
+            has_prefix_cache=self.has_prefix_cache,
         )
 
 
@@ -129,6 +164,10 @@ def traces(faults: st.SearchStrategy[dict[int, Fault]]) -> st.SearchStrategy[Tra
         is_streaming=st.booleans(),
         wants_logprobs=st.booleans(),
         ignore_eos=st.booleans(),
+        companion_lens=st.sampled_from([()] * 9 + [(1,), (7,), (30,), (3, 12)]),
+        logprob_start=st.sampled_from([None] * 5 + [0, 1, 9, 40]),
+        is_stateful=st.booleans(),
+        salt=st.sampled_from([None] * 5 + ["salt"]),
     )
     return st.builds(
         Trace,
@@ -141,6 +180,7 @@ def traces(faults: st.SearchStrategy[dict[int, Fault]]) -> st.SearchStrategy[Tra
         ready=st.just(255) | st.integers(0, 255),
         is_eager=st.booleans(),
         faults=faults,
+        has_prefix_cache=st.sampled_from([True] * 4 + [False]),
     )
 
 
@@ -158,7 +198,7 @@ def run_trace(trace: Trace) -> Driver:
             driver.abort(seq_id)
         driver.step()
     # Far above the worst seen: every token in a window of its own, and each step read apart.
-    work = sum(v.prompt_len + v.max_new_tokens for v in trace.visits)
+    work = sum(v.prompt_len + v.max_new_tokens + sum(v.companion_lens) for v in trace.visits)
     driver.run(max_steps=100 + 10 * work)
     return driver
 

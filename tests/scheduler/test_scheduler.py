@@ -1,11 +1,15 @@
 """What is planned when: chunks, packing, window lengths, turns, shapes, pages."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from jaxengine.scheduler.page_pool import PagePool
+from jaxengine.scheduler.decode import STREAM_WINDOW_STEPS
 from jaxengine.scheduler.plan import DecodePlan, PrefillPlan
-from jaxengine.scheduler.scheduler import MAX_PREFILLS_IN_A_ROW, STREAM_WINDOW_STEPS, Scheduler
+from jaxengine.scheduler.scheduler import MAX_PREFILLS_IN_A_ROW
+from jaxengine.scheduler.sequence import Sequence
+from jaxengine.types import SequenceRequest, StopReason
 from tests.fake_runner import make_request
 from tests.scheduler.driver import Driver, make_buckets
 
@@ -87,7 +91,7 @@ def test_prompts_come_first_when_nobody_streams():
 
 
 def test_prompts_that_never_cease_starve_nobody():
-    driver = Driver(make_buckets())
+    driver = Driver(make_buckets(), num_pages=200)
     driver.add(make_request(0, 4, 200))
     for seq_id in range(1, 200):
         if 0 in driver.endings:
@@ -193,36 +197,127 @@ def test_smallest_shape_is_waited_for_when_none_is_compiled():
     assert {(p.num_rows, p.num_pages) for p in windows(driver)} == {(1, 16)}
 
 
-def test_preempted_sequence_waits_for_its_tokens_in_flight():
-    # The window of 32 takes the last of 12 pages: 3 for the first request, which ends in it, and
-    # 9 for the second. One more is needed, so the second loses all while 32 tokens are unread.
+def test_preempted_sequence_keeps_its_slot_and_is_prefilled_without_drawing():
+    # Two texts of 11 pages each; the first takes the last of 12 from the second.
+    driver = Driver(make_buckets(max_window_steps=4), num_pages=13)
+    driver.add(make_request(0, 4, 40), make_request(1, 4, 40))
+    driver.run()
+    assert driver.endings[1].num_retractions == 1
+    first, again = prefills(driver)
+    (row,) = again.rows
+    assert row.slot == first.rows[1].slot and not row.draws
+    assert first.new_rows and again.new_rows == []
+    # It brings the whole page table, and computes no page that is still cached.
+    assert [write.index for write in again.page_writes] == list(range(len(again.page_writes)))
+    assert row.start % 4 == 0 and row.start + len(row.token_ids) <= 4 * len(again.page_writes)
+
+
+def test_what_is_in_flight_is_read_before_anyone_is_preempted():
+    """The first window takes all pages; the first request ends in it, so nobody need go."""
     driver = Driver(make_buckets(), num_pages=13)
     driver.add(make_request(0, 4, 9), make_request(1, 4, 40))
     driver.run()
-    assert kinds(driver) == "pdpd"
-    first, again = (plan.new_rows[-1] for plan in prefills(driver))
-    assert first.output_ids == () and len(again.output_ids) == 33
-    assert again.slot == first.slot
-    # All but the last known token are computed anew, and none is drawn.
-    (row,) = prefills(driver)[1].rows
-    assert len(row.token_ids) == 4 + 33 - 1 and not row.draws
+    assert kinds(driver) == "pdd" and driver.scheduler.stats.num_retractions == 0
 
 
-def test_prefill_tokens_after_preemption_leave_out_the_last():
-    scheduler = Scheduler(make_buckets(), PagePool(100))
-    scheduler.add(make_request(0, 4, 9))
-    sequence = scheduler._sequences[0]
-    assert sequence.prefill_len == 4
+def test_prefill_after_preemption_leaves_out_the_last_token():
+    sequence = Sequence(request=make_request(0, 4, 9))
+    assert sequence.prefill_len(sequence.leader) == 4
     sequence.output_ids = [7, 8, 9]
-    assert sequence.prefill_len == 6
-    assert sequence.prefill_tokens(2, 4).tolist() == [*sequence.request.prompt_ids[2:], 7, 8]
-    assert sequence.prefill_tokens(2, 4).dtype == np.int32
+    assert sequence.prefill_len(sequence.leader) == 6
+    text = sequence.text(sequence.leader)
+    assert text.tolist() == [*sequence.request.prompt_ids, 7, 8, 9] and text.dtype == np.int32
+
+
+# Companions
+
+
+def with_companions(seq_id: int, prompt_len: int, *lens: int, **kwargs: Any) -> SequenceRequest:
+    companions = tuple(
+        make_request(1000 * (seq_id + 1) + i, length, 0) for i, length in enumerate(lens)
+    )
+    return make_request(seq_id, prompt_len, companions=companions, **kwargs)
+
+
+def test_companions_decode_beside_their_leader_from_the_first_token_on():
+    driver = Driver(make_buckets(prefill_tokens=(16,)))
+    driver.add(make_request(7, 5, 30), with_companions(0, 10, 1, 20, max_new_tokens=20))
+    driver.run()
+    rows = [row for plan in prefills(driver) for row in plan.rows if row.seq_id != 7]
+    assert not any(row.draws for row in rows)
+    computed = {i: sum(len(r.token_ids) for r in rows if r.seq_id == i) for i in (0, 1000, 1001)}
+    assert computed == {0: 9, 1000: 1, 1001: 19}
+    groups = [[(r.seq_id, r.member) for r in plan.rows] for plan in windows(driver)]
+    assert any(len(group) == 4 for group in groups)
+    for group in groups:
+        places = [place for place in group if place[0] != 7]
+        assert places in ([], [(0, 0), (1000, 1), (1001, 2)])
+    assert set(driver.endings) == {0, 7}
+
+
+def test_companions_start_together_or_not_at_all():
+    driver = Driver(make_buckets(num_slots=4))
+    driver.add(make_request(0, 5, 60), with_companions(1, 5, 5, 5, 5, max_new_tokens=4))
+    driver.run()
+    assert driver.finish_order == [0, 1]
+    short = Driver(make_buckets(max_window_steps=2), num_pages=12)
+    short.add(make_request(0, 20, 20), with_companions(1, 9, 9, 9, max_new_tokens=4))
+    short.run()
+    assert short.finish_order == [0, 1]
+
+
+def test_companions_are_preempted_and_come_back_together():
+    driver = Driver(make_buckets(max_window_steps=4), num_pages=22)
+    driver.add(make_request(0, 4, 60), with_companions(1, 4, 6, max_new_tokens=24))
+    driver.run()
+    assert driver.endings[1].num_retractions > 0
+    again = [plan.seq_ids for plan in prefills(driver)][1:]
+    assert again and all(ids == [1, 2000] for ids in again)
+
+
+def test_limit_of_no_token_ends_companions_too():
+    driver = Driver(make_buckets())
+    driver.add(with_companions(0, 4, 6, max_new_tokens=0))
+    driver.run()
+    assert driver.endings[0].finish == StopReason("length", length=0)
+
+
+# Logprobs of the prompt
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 16, 49, 50])
+def test_prompt_logprobs_come_once_for_every_token_from_the_first_wanted(start: int):
+    driver = Driver(make_buckets(prefill_tokens=(16,)))
+    driver.add(make_request(0, 50, 3, logprob_start=start))
+    driver.run()
+    targets = [row.targets for plan in prefills(driver) for row in plan.rows]
+    wanted = np.concatenate([t[t != -1] for t in targets if t is not None] or [np.zeros(0)])
+    assert wanted.tolist() == driver.requests[0].prompt_ids[max(1, start) :].tolist()
+
+
+def test_prompt_logprobs_are_not_brought_again_after_a_preemption():
+    driver = Driver(make_buckets(max_window_steps=4), num_pages=13, has_prefix_cache=False)
+    driver.add(make_request(0, 4, 40), make_request(1, 10, 30, logprob_start=0))
+    driver.run()
+    assert driver.endings[1].num_retractions > 0
+    assert len(driver.prompt_logprobs[1]) == 9
+
+
+def test_prompt_logprobs_lost_with_a_failed_step_are_brought_again():
+    driver = Driver(make_buckets(prefill_tokens=(4,)), faults={2: "result"})
+    driver.add(make_request(0, 4, 10), make_request(1, 10, 3, logprob_start=0))
+    driver.run()
+    failed = {i for plan in driver.runner.failed for i in plan.seq_ids}
+    assert failed == {1} or len(driver.prompt_logprobs[1]) == 9
+
+
+# Integrity
 
 
 def test_integrity_check_finds_a_lost_slot():
     driver = Driver(make_buckets())
     driver.add(make_request(0, 4, 9))
     driver.step()
-    driver.scheduler._free_slots.pop()
+    driver.scheduler._roster._free_slots.pop()
     with pytest.raises(AssertionError, match="slots"):
         driver.scheduler.check_integrity()

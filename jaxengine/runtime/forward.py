@@ -1,0 +1,278 @@
+"""The model's part of a step: tokens in, hidden states and logits out, whatever the sampler.
+
+Pure functions of (params, state, packed plan). `Forward` binds what is static.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxengine.models.family import BoundModel, Params
+from jaxengine.nn.attention import AttentionMetadata, ForwardContext
+from jaxengine.runtime import batch
+from jaxengine.runtime.slots import TableLayout
+from jaxengine.runtime.state import (
+    Cursor,
+    DeviceState,
+    Rows,
+    Segments,
+    count_tokens,
+    edit_table,
+    read_rows,
+)
+from jaxengine.sampling.logprobs import largest, token_logprob
+from jaxengine.scheduler.buckets import Buckets
+from jaxengine.types import MAX_LOGPROB_IDS, NULL_PAGE
+
+SCORED_TOKENS = 256
+"""Prompt tokens whose logits exist at once while their logprobs are computed."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Forward:
+    """The compiled steps that draw nothing.
+
+    Attributes:
+      model: The module without its arrays.
+      layout: Columns of the engine's own table.
+      buckets: All static sizes.
+      ctx: Mesh and kernels.
+      num_top: Most likely tokens that can be listed.
+    """
+
+    model: BoundModel
+    layout: TableLayout
+    buckets: Buckets
+    ctx: ForwardContext
+    num_top: int
+
+    def admit(self, state: DeviceState, packed: Int[Array, " size"]) -> DeviceState:
+        """Edits of the slot table alone, for plans whose own room is too small."""
+        return self.edit(state, batch.edit_packing().unpack(packed))
+
+    def prefill(
+        self,
+        params: Params,
+        state: DeviceState,
+        packed: Int[Array, " size"],
+        *,
+        num_tokens: int,
+        num_pages: int,
+    ) -> tuple[DeviceState, Float[Array, "R V"], Float[Array, "R D"], Float[Array, "T D"]]:
+        """Runs packed chunks of several prompts.
+
+        Args:
+          params: The model's arrays.
+          state: Donated.
+          packed: `batch.pack_prefill`.
+          num_tokens: Bucket of the packed length.
+          num_pages: Bucket of pages a sequence may have.
+
+        Returns:
+          The new state, in which rows that draw stand before their first token; logits and
+          hidden state of every row's last token; hidden states of all tokens.
+        """
+        plan = batch.prefill_packing(self.buckets, num_tokens).unpack(packed)
+        state = self.edit(state, plan)
+        rows = read_rows(state.slots, plan["slot_ids"])
+        hidden, last, cursor, state = self.run_prefill(params, state, rows, plan, num_pages)
+        drawing = jnp.where(cursor.is_done, batch.DROPPED, rows.slot_ids)
+        state = dataclasses.replace(
+            state, slots=self.layout.write(state.slots, drawing, cursor._asdict())
+        )
+        model = self.model.bind(params)
+        return state, model.logits(hidden[last], self.ctx), hidden[last], hidden
+
+    def decode(
+        self,
+        params: Params,
+        state: DeviceState,
+        packed: Int[Array, " size"],
+        *,
+        num_rows: int,
+        num_pages: int,
+    ) -> tuple[DeviceState, Float[Array, "B V"], Float[Array, "B D"]]:
+        """One step of every row: the new state, logits and hidden states; nothing is drawn."""
+        plan = batch.decode_packing(self.buckets, num_rows).unpack(packed)
+        state = self.edit(state, plan)
+        rows = read_rows(state.slots, plan["slot_ids"])
+        cursor = self.cursor(rows)
+        hidden, kv_cache, counts = self.run_decode(
+            params, state.kv_cache, state.token_counts, rows, cursor, num_pages
+        )
+        fed = {"num_counted": cursor.position + 1}
+        state = DeviceState(
+            kv_cache=kv_cache,
+            slots=self.layout.write(state.slots, rows.slot_ids, fed),
+            token_counts=counts,
+        )
+        return state, self.model.bind(params).logits(hidden, self.ctx), hidden
+
+    def score(
+        self,
+        params: Params,
+        hidden: Float[Array, "T D"],
+        packed: Int[Array, " size"],
+        *,
+        num_tokens: int,
+    ) -> dict[str, Array]:
+        """Logprobs of prompt tokens, from the hidden states of the tokens before them.
+
+        Computed a few tokens at a time: logits of all of them would not fit.
+
+        Args:
+          params: The model's arrays.
+          hidden: Of a prefill.
+          packed: `batch.pack_score`.
+          num_tokens: Bucket of the packed length.
+
+        Returns:
+          "logprob" [T], "top_ids" and "top_logprobs" [T, num_top], "id_logprobs" [T, ids], all of
+          the model's own distribution; garbage where there is no target.
+        """
+        plan = batch.score_packing(self.buckets, num_tokens).unpack(packed)
+        model = self.model.bind(params)
+        ids = plan["logprob_ids"].reshape(-1, MAX_LOGPROB_IDS)
+
+        def some(part: tuple[Array, Array, Array]) -> dict[str, Array]:
+            hidden, target, row = part
+            logits = model.logits(hidden, self.ctx)
+            norm = jax.nn.logsumexp(logits, axis=-1)[:, None]
+            top, top_ids = largest(logits, self.num_top)
+            given = jnp.take_along_axis(logits, jnp.maximum(ids[row], 0), axis=-1)
+            return {
+                "logprob": token_logprob(logits, target),
+                "top_ids": top_ids,
+                "top_logprobs": top - norm,
+                "id_logprobs": given - norm,
+            }
+
+        size = min(SCORED_TOKENS, num_tokens)
+        padded = -(-num_tokens // size) * size
+
+        def split(x: Array) -> Array:
+            missing = [(0, padded - num_tokens), *[(0, 0)] * (x.ndim - 1)]
+            return jnp.pad(x, missing).reshape(-1, size, *x.shape[1:])
+
+        parts = (split(hidden), split(jnp.maximum(plan["targets"], 0)), split(plan["rows"]))
+        scored = jax.lax.map(some, parts)
+        return jax.tree.map(lambda x: x.reshape(padded, *x.shape[2:])[:num_tokens], scored)
+
+    # -- parts of a step, traced into it
+
+    def edit(self, state: DeviceState, edits: Segments) -> DeviceState:
+        """Changes the slot table; a reset also forgets the slot's token counts."""
+        counts = state.token_counts
+        if "resets" in edits:
+            counts = counts.at[edits["resets"]].set(jnp.zeros((), counts.dtype), mode="drop")
+        slots = edit_table(self.layout, state.slots, edits)
+        return dataclasses.replace(state, slots=slots, token_counts=counts)
+
+    def column(self, rows: Rows, name: str) -> Array:
+        """One column of the rows."""
+        return self.layout.read(rows.cells, name)
+
+    def cursor(self, rows: Rows) -> Cursor:
+        """Where the rows stand; those that are not real are done."""
+        return Cursor(
+            token=self.column(rows, "token"),
+            position=self.column(rows, "position"),
+            num_generated=self.column(rows, "num_generated"),
+            is_done=self.column(rows, "is_done").astype(bool) | ~rows.is_real,
+        )
+
+    def run_prefill(
+        self, params: Params, state: DeviceState, rows: Rows, plan: Segments, num_pages: int
+    ) -> tuple[Float[Array, "T D"], Int[Array, " R"], Cursor, DeviceState]:
+        """Hidden states of all tokens, the place of each row's last, and where the rows stand.
+
+        Rows that draw nothing now are done in the cursor.
+        """
+        token_ids, q_starts, kv_lens = plan["token_ids"], plan["q_starts"], plan["kv_lens"]
+        num_tokens = token_ids.shape[0]
+        q_lens = q_starts[1:] - q_starts[:-1]
+        token = jnp.arange(num_tokens)
+        row = jnp.searchsorted(q_starts[1:], token, side="right").astype(jnp.int32)
+        is_token = token < q_starts[-1]
+        row = jnp.where(is_token, row, 0)
+        position = jnp.where(is_token, kv_lens[row] - q_lens[row] + token - q_starts[row], 0)
+        page_table = self.column(rows, "page_table")[:, :num_pages]
+        page = page_table[row, position // self.buckets.page_size]
+        meta = AttentionMetadata(
+            page_table=page_table,
+            q_starts=q_starts,
+            kv_lens=kv_lens,
+            write_pages=jnp.where(is_token, page, NULL_PAGE),
+            write_offsets=position % self.buckets.page_size,
+            is_decode=False,
+        )
+        model = self.model.bind(params)
+        hidden, kv_cache = model(token_ids, position, state.kv_cache, meta, self.ctx)
+
+        # After a preemption outputs are fed again, but have been counted.
+        num_counted = self.column(rows, "num_counted")
+        uncounted = jnp.maximum(self.column(rows, "prompt_len"), num_counted)
+        counts = count_tokens(
+            state.token_counts,
+            rows.slot_ids[row],
+            token_ids,
+            is_token & (position >= uncounted[row]),
+            unique=False,
+        )
+        fed = {"num_counted": jnp.maximum(num_counted, kv_lens)}
+        state = DeviceState(
+            kv_cache=kv_cache,
+            slots=self.layout.write(state.slots, rows.slot_ids, fed),
+            token_counts=counts,
+        )
+        last = jnp.clip(q_starts[1:] - 1, 0, num_tokens - 1)
+        cursor = Cursor(
+            token=token_ids[last],
+            position=kv_lens - 1,
+            num_generated=jnp.zeros_like(kv_lens),
+            is_done=plan["draws"] == 0,
+        )
+        return hidden, last, cursor, state
+
+    def run_decode(
+        self,
+        params: Params,
+        kv_cache: list[Any],
+        counts: Int[Array, "S V"],
+        rows: Rows,
+        cursor: Cursor,
+        num_pages: int,
+    ) -> tuple[Float[Array, "B D"], list[Any], Int[Array, "S V"]]:
+        """Feeds every row's last token: hidden states, KV cache, token counts."""
+        page_size, num_rows = self.buckets.page_size, cursor.token.shape[0]
+        page_table = self.column(rows, "page_table")[:, :num_pages]
+        active = ~cursor.is_done
+        # A dead row reads nothing (length 0) and writes to the null page.
+        index = jnp.minimum(cursor.position // page_size, num_pages - 1)
+        page = jnp.take_along_axis(page_table, index[:, None], axis=1)[:, 0]
+        meta = AttentionMetadata(
+            page_table=page_table,
+            q_starts=jnp.arange(num_rows + 1, dtype=jnp.int32),
+            kv_lens=jnp.where(active, cursor.position + 1, 0),
+            write_pages=jnp.where(active, page, NULL_PAGE),
+            write_offsets=cursor.position % page_size,
+            is_decode=True,
+        )
+        model = self.model.bind(params)
+        hidden, kv_cache = model(cursor.token, cursor.position, kv_cache, meta, self.ctx)
+        is_output = cursor.position >= self.column(rows, "prompt_len")
+        counts = count_tokens(counts, rows.slot_ids, cursor.token, active & is_output, unique=True)
+        return hidden, kv_cache, counts
+
+    def is_finished(
+        self, rows: Rows, token: Int[Array, " B"], num_generated: Int[Array, " B"]
+    ) -> Bool[Array, " B"]:
+        """Whether a drawn token is a row's last."""
+        stops = (token[:, None] == self.column(rows, "stop_token_ids")).any(axis=-1)
+        stops &= self.column(rows, "ignore_eos") == 0
+        is_failed = token < 0
+        return is_failed | stops | (num_generated >= self.column(rows, "max_new_tokens"))

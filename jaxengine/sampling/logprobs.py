@@ -1,0 +1,87 @@
+"""Log-probabilities that are reported: of a token, of the most likely ones, of given ids.
+
+Never a [B, V] array leaves the device for them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Wants(NamedTuple):
+    """Which rows want which logprobs.
+
+    Attributes:
+      token: Of the drawn token.
+      lists: Of the most likely tokens, or of given ids.
+      ids: The given ids, -1 padded.
+      num_top: Most tokens a row can have listed; static.
+    """
+
+    token: Bool[Array, " B"]
+    lists: Bool[Array, " B"]
+    ids: Int[Array, "B ids"]
+    num_top: int
+
+
+def token_logprob(logits: Float[Array, "*B V"], token: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """log softmax(logits)[token]."""
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1, mode="clip")[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def no_token_logprobs(token: Int[Array, " B"]) -> dict[str, Array]:
+    """What stands for them where no row wants any."""
+    nothing = jnp.zeros(token.shape, jnp.float32)
+    return {"logprob": nothing, "raw_logprob": nothing, "processed_logprob": nothing}
+
+
+def listed_logprobs(logits: Float[Array, "B V"], wants: Wants) -> dict[str, Array]:
+    """Logprobs of the `num_top` most likely tokens, in order, and of the given ids."""
+    norm = jax.nn.logsumexp(logits, axis=-1)[:, None]
+    top, top_ids = largest(logits, wants.num_top)
+    at_ids = jnp.take_along_axis(logits, jnp.maximum(wants.ids, 0), axis=-1)
+    return {"top_logprobs": top - norm, "top_ids": top_ids, "id_logprobs": at_ids - norm}
+
+
+def no_listed_logprobs(wants: Wants) -> dict[str, Array]:
+    """What stands for them where no row wants any."""
+    top = (wants.ids.shape[0], wants.num_top)
+    return {
+        "top_logprobs": jnp.zeros(top, jnp.float32),
+        "top_ids": jnp.zeros(top, jnp.int32),
+        "id_logprobs": jnp.zeros(wants.ids.shape, jnp.float32),
+    }
+
+
+BLOCK = 128
+"""Columns whose maximum stands for them in the first round of `largest`."""
+
+
+def largest(
+    x: Float[Array, "B V"], count: int
+) -> tuple[Float[Array, "B count"], Int[Array, "B count"]]:
+    """The largest entries of each row, in order, the lowest index first among equals.
+
+    The `count` blocks with the largest maxima hold them, so only those are sorted.
+    """
+    num_rows, width = x.shape
+    if width <= 2 * BLOCK * count:
+        return _top_k(x, count)
+    num_blocks = -(-width // BLOCK)
+    padded = jnp.pad(x, ((0, 0), (0, num_blocks * BLOCK - width)), constant_values=-jnp.inf)
+    blocks = padded.reshape(num_rows, num_blocks, BLOCK)
+    _, chosen = _top_k(blocks.max(axis=-1), count)
+    chosen = jnp.sort(chosen, axis=-1)  # in order of index, for equals
+    kept = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1)
+    columns = chosen[:, :, None] * BLOCK + jnp.arange(BLOCK)
+    values, places = _top_k(kept.reshape(num_rows, -1), count)
+    return values, jnp.take_along_axis(columns.reshape(num_rows, -1), places, axis=-1)
+
+
+def _top_k(x: Float[Array, "B n"], count: int) -> tuple[Array, Array]:
+    values, places = jax.lax.top_k(x, min(count, x.shape[-1]))
+    missing = ((0, 0), (0, count - values.shape[-1]))
+    return jnp.pad(values, missing, constant_values=-jnp.inf), jnp.pad(places, missing)

@@ -1,0 +1,138 @@
+"""Plans prefills: whose prompts, in which chunks, packed into one call."""
+
+from collections.abc import Callable
+
+from jaxengine.scheduler.plan import NewRow, PageWrite, PrefillPlan, PrefillRow
+from jaxengine.scheduler.prefix_cache import Match, Prefix
+from jaxengine.scheduler.roster import Roster
+from jaxengine.scheduler.sequence import Member, Sequence, Status
+
+STREAM_CHUNK_TOKENS = 2048
+"""Most tokens of a prefill while someone reads a running stream, which waits for it."""
+
+MAX_DEFERRED = 256
+"""Waiting sequences a plan looks past, at most, for it computes what they will find cached."""
+
+
+class PrefillDraft:
+    """One prefill in the making. What it computes is cached for later plans, not for itself."""
+
+    def __init__(self, roster: Roster, max_tokens: int) -> None:
+        """Starts with no rows.
+
+        Args:
+          roster: Who is there.
+          max_tokens: Packed length it may have at most.
+        """
+        self._roster = roster
+        self._budget = min(max_tokens, roster.buckets.prefill_tokens[-1])
+        self._max_rows = roster.buckets.prefill_rows(self._budget)
+        self._reserved = roster.reserved_pages()
+        self._rows: list[PrefillRow] = []
+        self._placed: list[tuple[Sequence, Member]] = []
+        self._new_rows: list[NewRow] = []
+        self._page_writes: list[PageWrite] = []
+        self._computing: set[tuple[Prefix, bytes]] = set()
+
+    def plan(self, is_ready: Callable[..., bool]) -> PrefillPlan | None:
+        """Takes in the rest of running prompts, then those who wait; None if there is nobody."""
+        for sequence in self._roster.running:
+            if sequence.status is Status.PREFILLING:
+                self._take(sequence)
+        self._start_waiting()
+        if not self._rows:
+            return None
+        for sequence, member in self._placed:
+            self._roster.keep(sequence, member)
+        return self._finished(is_ready)
+
+    @property
+    def _is_full(self) -> bool:
+        return not self._budget or len(self._rows) == self._max_rows
+
+    def _start_waiting(self) -> None:
+        """Starts sequences in the order of the policy, up to the first that finds no pages.
+
+        Only these are looked past: one whose next page is being computed in this very plan, for it
+        will find the page cached in the next; and where slots are short, all who have none.
+        """
+        num_deferred = 0
+        for sequence in self._roster.in_order():
+            # A preempted sequence must first learn the tokens still in flight.
+            if self._is_full or num_deferred > MAX_DEFERRED or sequence.num_in_flight:
+                return
+            if not self._roster.has_slots(sequence):
+                if not self._roster.num_idle_slots:
+                    return
+                continue
+            matches = self._roster.match(sequence)
+            if self._is_being_computed(sequence, matches):
+                num_deferred += 1
+                continue
+            needed = self._roster.pages_to_start(sequence, matches)
+            if needed + self._reserved > self._roster.cache.num_available:
+                return
+            self._roster.start(sequence, matches)
+            self._reserved += self._roster.pages_ahead(sequence)
+            self._take(sequence)
+
+    def _is_being_computed(self, sequence: Sequence, matches: list[Match]) -> bool:
+        cache = self._roster.cache
+        keys = (
+            cache.next_page(match.prefix, sequence.text(member), sequence.max_cached(member))
+            for member, match in zip(sequence.members, matches, strict=True)
+        )
+        return any(key in self._computing for key in keys)
+
+    def _take(self, sequence: Sequence) -> None:
+        """Adds the next chunks of a sequence, as far as there is room."""
+        for member in sequence.members:
+            left = sequence.prefill_len(member) - member.num_prefilled
+            if left and not self._is_full:
+                self._rows.append(self._chunk(sequence, member, min(left, self._budget)))
+                self._placed.append((sequence, member))
+        if all(m.num_prefilled == sequence.prefill_len(m) for m in sequence.members):
+            sequence.num_scheduled += sequence.is_drawn_by_prefill
+            sequence.status = Status.RUNNING
+
+    def _chunk(self, sequence: Sequence, member: Member, count: int) -> PrefillRow:
+        assert member.prefix is not None
+        text, length = sequence.text(member), sequence.prefill_len(member)
+        key = self._roster.cache.next_page(member.prefix, text, length)
+        if key is not None:
+            self._computing.add(key)
+        if not member.is_filled:
+            outputs = tuple(sequence.output_ids)
+            self._new_rows.append(NewRow(member.held_slot, member.request, outputs))
+            member.is_filled = True
+        self._page_writes += member.take_page_writes()
+        start = member.num_prefilled
+        member.num_prefilled += count
+        self._budget -= count
+        return PrefillRow(
+            seq_id=member.request.seq_id,
+            slot=member.held_slot,
+            token_ids=text[start : start + count],
+            start=start,
+            draws=start + count == length and sequence.is_drawn_by_prefill,
+            sampler_id=sequence.request.sampler_id,
+            targets=sequence.take_targets(start, count) if member is sequence.leader else None,
+        )
+
+    def _finished(self, is_ready: Callable[..., bool]) -> PrefillPlan:
+        buckets, stats = self._roster.buckets, self._roster.stats
+        num_tokens = sum(len(row.token_ids) for row in self._rows)
+        longest = max(row.start + len(row.token_ids) for row in self._rows)
+        sizes = [t for t in buckets.prefill_tokens if buckets.prefill_rows(t) >= len(self._rows)]
+        needed = max(num_tokens, sizes[0])
+        shape = buckets.shape("prefill", needed, longest, is_ready)
+        stats.num_prefills += 1
+        stats.num_prefill_tokens += num_tokens
+        stats.num_prefill_padding += shape[0] - num_tokens
+        return PrefillPlan(
+            num_tokens=shape[0],
+            num_pages=shape[1],
+            rows=self._rows,
+            new_rows=self._new_rows,
+            page_writes=self._page_writes,
+        )
