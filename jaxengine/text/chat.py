@@ -1,0 +1,54 @@
+"""Conversations to token ids, through the tokenizer's chat template."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxengine.errors import RequestError
+
+
+def chat_ids(tokenizer: Any, messages: Any, *, system: str | None = None) -> list[int]:
+    """Token ids of a conversation, up to where the assistant begins to speak.
+
+    Args:
+      tokenizer: With a chat template.
+      messages: Dicts with `role` and `content`, oldest first, of any type, as users are. Content may
+        be a list of OpenAI's text parts.
+      system: Comes first where the conversation has no system message of its own.
+
+    Raises:
+      RequestError: For messages the template cannot render, or where there is no template.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+        raise RequestError("`messages` must be a list of messages that is not empty.")
+    turns = [_message(i, message) for i, message in enumerate(messages)]
+    if system is not None and turns[0]["role"] not in ("system", "developer"):
+        turns = [{"role": "system", "content": system}, *turns]
+    if not getattr(tokenizer, "chat_template", None):
+        raise RequestError(
+            "`messages` need a chat template, and this model's tokenizer has none. Pass a prompt."
+        )
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates are programs: they raise what they like
+        raise RequestError(f"The chat template refused `messages`: {error}.") from error
+    # The template writes the special tokens itself.
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _message(i: int, message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise RequestError(f"Message {i} must be a dict with a `role`, got {message!r}.")
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, Mapping)]
+        if len(parts) != len(content) or not all(isinstance(part, str) for part in parts):
+            raise RequestError(f"`content` of message {i} may hold text parts only.")
+        content = "".join(parts)
+    if not isinstance(content, str):
+        raise RequestError(f"`content` of message {i} must be a text, got {content!r}.")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        where = f"at character {error.start}"
+        raise RequestError(f"Message {i} holds half a surrogate pair {where}.") from None
+    return {**message, "content": content}
