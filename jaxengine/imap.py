@@ -18,6 +18,22 @@ type Start = Callable[[Any, int], Call]
 """Starts an item's call; the number is its place."""
 
 
+def merged_arguments(
+    common: Mapping[str, Any], item: Any, place: int, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All arguments of an item's call: its own, before those of all items, before the defaults.
+
+    Sampling parameters are merged one by one; names that are not among the defaults are `others`.
+    """
+    own = arguments_of(item)
+    arguments = {"seed_key": place, **common, **own}
+    params = common.get("sampling_params"), own.get("sampling_params")
+    if all(isinstance(given, Mapping) for given in params):
+        arguments["sampling_params"] = {**params[0], **params[1]}
+    others = {k: arguments.pop(k) for k in [*arguments] if k not in {*defaults, "seed_key"}}
+    return {**defaults, **arguments, "stream": False, "others": others}
+
+
 def arguments_of(item: Any) -> dict[str, Any]:
     """The arguments of `generate` that an item stands for: a text, token ids, or a dict of them.
 

@@ -13,7 +13,12 @@ class Progress:
     """Counts what ended; shows tokens per second, sequences running and prefix-cache hits."""
 
     def __init__(
-        self, total: int | None, stats: Callable[[], Mapping[str, Any]], *, unit: str, is_shown: bool
+        self,
+        total: int | None,
+        stats: Callable[[], Mapping[str, Any]],
+        *,
+        unit: str,
+        is_shown: bool,
     ) -> None:
         """Shows the bar.
 
@@ -46,8 +51,9 @@ class Progress:
 
     def skip(self) -> None:
         """Counts what was done before: it moves the bar, and not its speed."""
-        self._bar.initial += 1
-        self._bar.n += 1
+        if not self._bar.disable:
+            self._bar.initial += 1
+            self._bar.n += 1
 
     def __enter__(self) -> "Progress":
         return self
@@ -60,8 +66,7 @@ class Progress:
     def _postfix(self, now: float) -> str:
         speed = self._num_tokens / (now - self._started)
         num_cached, num_prompt = (
-            count - before
-            for count, before in zip(self._cache_counts(), self._before, strict=True)
+            count - before for count, before in zip(self._cache_counts(), self._before, strict=True)
         )
         hits = f", {num_cached / num_prompt:.0%} of prompts cached" if num_cached else ""
         return f"{speed:,.0f} tok/s, {self._stats()['num_running']} running{hits}"

@@ -43,6 +43,7 @@ class PromptRequest:
 
     Attributes:
       index: Place of the prompt in its list.
+      seed_key: What its seed is derived from beside the call's.
       rid: Public id.
       text: The prompt, not empty; None when ids were given.
       input_ids: The prompt as int32 ids in the vocabulary, at least one; None when text was given.
@@ -56,6 +57,7 @@ class PromptRequest:
     """
 
     index: int
+    seed_key: int | str
     rid: str
     text: str | None
     input_ids: np.ndarray | None
@@ -93,6 +95,7 @@ def parse_call(
     logprob_start_len: Any = None,
     companions: Any = None,
     rid: Any = None,
+    seed_key: int | str | None = None,
     others: Mapping[str, Any],
     specs: Mapping[str, Param],
     vocab_size: int,
@@ -111,6 +114,7 @@ def parse_call(
       logprob_start_len: One for all, or a list; -1 or None for none.
       companions: A list of prompts for one bare prompt, else a list of such lists.
       rid: Public id or ids; one id and a list of prompts give `{rid}_{index}`. Fresh when None.
+      seed_key: Of the one prompt, where it is one of a stream; its index when None.
       others: Further keyword arguments of the call.
       specs: Parameters of the engine's sampler.
       vocab_size: Token ids are in [0, vocab_size).
@@ -146,6 +150,7 @@ def parse_call(
     requests = [
         PromptRequest(
             index=i,
+            seed_key=i if seed_key is None else seed_key,
             rid=rids[i],
             text=texts[i],
             input_ids=ids[i],

@@ -41,6 +41,8 @@ ALLOWED = {
     | {
         "build",
         "call",
+        "imap",
+        "progress",
         "requests",
         "runtime.samplers",
         "sampling",
@@ -48,7 +50,18 @@ ALLOWED = {
         "text",
         "worker",
     },
-    "serve": BASE | {"api", "build.convert", "sampling", "utils"},
+    "serve": BASE
+    | {
+        "api",
+        "build.convert",
+        "build.read_model_config",
+        "build.resolve_folder",
+        "progress",
+        "requests.parse_call",
+        "sampling",
+        "text",
+        "utils",
+    },
     "bench": BASE | {"api", "sampling", "utils"},
     "contrib": BASE | {"api", "sampling", "nn", "models"},
     "__init__": BASE | {"engine", "sampling", "utils"},
@@ -56,7 +69,9 @@ ALLOWED = {
 HOST_ONLY = BASE | {
     "call",
     "channel",
+    "imap",
     "outputs",
+    "progress",
     "requests",
     "scheduler",
     "text",

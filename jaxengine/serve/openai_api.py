@@ -195,9 +195,7 @@ def finish_reason(output: Mapping[str, Any]) -> str | None:
     return None if reason is None else {"abort": "stop"}.get(reason["type"], reason["type"])
 
 
-def logprobs(
-    request: Request, meta: Mapping[str, Any], num_before: int
-) -> dict[str, Any] | None:
+def logprobs(request: Request, meta: Mapping[str, Any], num_before: int) -> dict[str, Any] | None:
     """OpenAI's logprobs of the output tokens from `num_before` on."""
     if request.num_top is None:
         return None

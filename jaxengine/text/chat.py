@@ -11,7 +11,7 @@ def chat_ids(tokenizer: Any, messages: Any, *, system: str | None = None) -> lis
 
     Args:
       tokenizer: With a chat template.
-      messages: Dicts with `role` and `content`, oldest first, of any type, as users are. Content may
+      messages: Dicts with `role` and `content`, oldest first; checked, whatever comes. Content may
         be a list of OpenAI's text parts.
       system: Comes first where the conversation has no system message of its own.
 

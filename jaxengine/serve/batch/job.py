@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxengine import Engine
-from jaxengine.build import read_model_config, resolve_folder
-from jaxengine.config import EngineConfig
-from jaxengine.errors import ConfigError, JaxEngineError, JobError
+import jaxengine
+from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.errors import ConfigError, JobError, RequestError
 from jaxengine.params import fresh_seed
 from jaxengine.progress import Progress
 from jaxengine.serve.batch.columns import passed_names
@@ -24,7 +23,7 @@ from jaxengine.serve.batch.lines import LineFile, StandardOutput
 from jaxengine.serve.batch.parts import PartFolder
 from jaxengine.serve.batch.read import count, format_of, parquet_files, read
 from jaxengine.serve.batch.results import ResultWriter, key_of
-from jaxengine.serve.batch.rows import ID_COLUMNS, Row, RowReader, prompt_columns
+from jaxengine.serve.batch.rows import ID_COLUMNS, SEEDS, Row, RowReader, prompt_columns
 from jaxengine.serve.batch.sidecar import Sidecar, locked, model_identity
 from jaxengine.text.tokenizer import load_tokenizer
 
@@ -54,8 +53,8 @@ def run(
 ) -> Report:
     """Runs a batch job, or goes on with it where an earlier run stopped.
 
-    Ctrl-C and SIGTERM, where this is the main thread, let the rows under way end and return; a second
-    one drops them.
+    Ctrl-C and SIGTERM, where this is the main thread, let the rows under way end and return; a
+    second one drops them.
 
     Args:
       source: Input: a file, a folder of Parquet parts, or "-".
@@ -71,8 +70,8 @@ def run(
       What was done; error rows are counted, not raised.
 
     Raises:
-      ConfigError: For settings, an input or an output that cannot be used, and for an output that was
-        begun with another model or other settings.
+      ConfigError: For settings, an input or an output that cannot be used, and for an output that
+        was begun with another model or other settings.
       JobError: Beyond `max_errors`.
       OSError: When the disk is full, for example; run it again to go on.
     """
@@ -96,9 +95,14 @@ def run(
         output = stack.enter_context(contextlib.closing(_open(source, target, config)))
         if not is_piped:
             _read_done(output, keys, report, config.retry_errors)
+        if engine is None and sampler is None and folder is not None:
+            # A parameter that no row can have is better told now than row by row.
+            _check(config.sampling_params, [0], _model_config(folder))
         if engine is None:
             more = engine_settings or {}
-            engine = stack.enter_context(Engine(model_path, sampler=sampler, **more))
+            engine = stack.enter_context(
+                jaxengine.Engine(model_path=model_path, sampler=sampler, **more)
+            )
         _Job(engine, config, decided, keys, report).run(source, output)
     return report
 
@@ -123,13 +127,10 @@ def dry_run(
     Returns:
       Rows, error rows and prompt tokens.
     """
-    from jaxengine.requests import parse_call
-    from jaxengine.sampling import default_sampler
-
     config = dataclasses.replace(config or BatchConfig(), **settings)
     engine_config = EngineConfig.from_kwargs({"model_path": model_path, **(engine_settings or {})})
-    folder = resolve_folder(engine_config)
-    model = read_model_config(folder)
+    folder = _resolve(engine_config)
+    model = _model_config(folder)
     max_tokens = engine_config.context_length or model.max_position_embeddings
     tokenizer = load_tokenizer(engine_config.tokenizer_path or folder)
     report, started = Report(), time.perf_counter()
@@ -140,17 +141,8 @@ def dry_run(
             error: Exception | None = row.error
             if error is None:
                 try:
-                    parse_call(
-                        None,
-                        row.arguments["sampling_params"],
-                        row.arguments["input_ids"],
-                        others={},
-                        specs=default_sampler().params,
-                        vocab_size=model.vocab_size,
-                        max_top_logprobs=engine_config.max_top_logprobs,
-                        tokenizer=tokenizer,
-                    )
-                except (JaxEngineError, TypeError) as wrong:
+                    _check(row.arguments["sampling_params"], row.arguments["input_ids"], model)
+                except RequestError as wrong:
                     error = wrong
             if error is not None:
                 report.num_errors += 1
@@ -269,13 +261,32 @@ class _Job:
                 signal.signal(number, handler)
 
 
-def _decide(
-    job: dict[str, Any], config: BatchConfig, sidecar: Sidecar | None
-) -> dict[str, Any]:
+def _check(params: Any, input_ids: Any, model: ModelConfig) -> None:
+    """Checks a request as an engine with the built-in sampler would."""
+    from jaxengine.requests import parse_call
+    from jaxengine.sampling import default_sampler
+
+    try:
+        parse_call(
+            None,
+            params,
+            input_ids,
+            others={},
+            specs=default_sampler().params,
+            vocab_size=model.vocab_size,
+            max_top_logprobs=0,
+            # Only whether there is one counts here.
+            tokenizer=True,
+        )
+    except TypeError as error:
+        raise RequestError(str(error)) from error
+
+
+def _decide(job: dict[str, Any], config: BatchConfig, sidecar: Sidecar | None) -> dict[str, Any]:
     """What is chosen once in a job's life: its seed, and its time for OpenAI's objects."""
-    names = ("seed", "sampling_seed")
-    given = [config.sampling_params.get(n) for n in names if config.sampling_params.get(n) is not None]
-    fresh = {"seed": given[0] if given else fresh_seed(), "created": int(time.time())}
+    given = [config.sampling_params.get(name) for name in SEEDS]
+    seed = next((seed for seed in given if seed is not None), None)
+    fresh = {"seed": fresh_seed() if seed is None else seed, "created": int(time.time())}
     return fresh if sidecar is None else sidecar.settle(job, fresh)
 
 
@@ -284,7 +295,19 @@ def _model_folder(engine: Any, model_path: str) -> Path | None:
     path = model_path or (engine.config.model_path if engine is not None else "")
     if engine is None and not path:
         raise ConfigError("`model_path` or `engine` must be given.")
-    return resolve_folder(EngineConfig(model_path=path)) if path else None
+    return _resolve(EngineConfig(model_path=path)) if path else None
+
+
+def _resolve(config: EngineConfig) -> Path:
+    from jaxengine.build import resolve_folder  # brings jax, which a command's --help does not need
+
+    return resolve_folder(config)
+
+
+def _model_config(folder: Path) -> ModelConfig:
+    from jaxengine.build import read_model_config
+
+    return read_model_config(folder)
 
 
 def _open(source: str, target: Path, config: BatchConfig) -> Any:

@@ -1,7 +1,7 @@
 """Results as JSON lines, plain or compressed, that survive being cut off anywhere.
 
-A file is a sequence of frames: a line, a gzip member or a Zstandard frame. Whole frames are kept and a
-torn one at the end is cut off before anything is appended.
+A file is a sequence of frames: a line, a gzip member or a Zstandard frame. Whole frames are kept,
+and a torn one at the end is cut off before anything is appended.
 """
 
 import json

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxengine.errors import ConfigError
+from jaxengine.serve.batch.columns import OWN_COLUMNS
 from jaxengine.serve.batch.lines import sync_folder
 from jaxengine.serve.batch.read import need_pyarrow
-from jaxengine.serve.batch.columns import OWN_COLUMNS
 
 MANIFEST = "_manifest.json"
 
@@ -134,8 +134,8 @@ class PartFolder:
             return pa.parquet.ParquetFile(self._folder / part["file"])
         except (OSError, pa.ArrowInvalid) as error:
             raise ConfigError(
-                f"Part {part['file']} of {self._folder} is gone or broken: {error}. Put it back, or "
-                f"take it out of {MANIFEST} to have its rows computed again."
+                f"Part {part['file']} of {self._folder} is gone or broken: {error}. Put it back, "
+                f"or take it out of {MANIFEST} to have its rows computed again."
             ) from error
 
     def _write(self, table: Any, name: str) -> dict[str, Any]:

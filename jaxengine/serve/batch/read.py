@@ -8,7 +8,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxengine.errors import ConfigError
 
@@ -66,7 +66,7 @@ def count(source: str, format: str) -> int | None:
         return sum(block.count(b"\n") for block in blocks)
 
 
-def open_bytes(source: str) -> IO[bytes]:
+def open_bytes(source: str) -> io.BufferedIOBase:
     """Opens an input for reading, decompressed by the ending of its name.
 
     Raises:
@@ -78,7 +78,9 @@ def open_bytes(source: str) -> IO[bytes]:
         if source.endswith(".gz"):
             return gzip.open(source)
         if source.endswith(".zst"):
-            return need_zstandard().open(source, read_across_frames=True)
+            unpacker = need_zstandard().ZstdDecompressor()
+            packed = open(source, "rb")
+            return io.BufferedReader(unpacker.stream_reader(packed, read_across_frames=True))
         return open(source, "rb")
     except OSError as error:
         raise ConfigError(f"The input {source!r} cannot be read: {error.strerror}.") from error
@@ -128,7 +130,7 @@ def need_zstandard() -> Any:
     return zstandard
 
 
-def _numbered(file: IO[bytes], source: str) -> Iterator[tuple[int, bytes]]:
+def _numbered(file: io.BufferedIOBase, source: str) -> Iterator[tuple[int, bytes]]:
     broken: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error)
     if source.endswith(".zst"):
         broken += (need_zstandard().ZstdError,)
@@ -163,7 +165,9 @@ def _json(numbered: tuple[int, bytes]) -> Record:
         value = json.loads(raw.decode())
     except UnicodeDecodeError as error:
         what = BOMS.get(raw[:2], "not UTF-8")
-        return Record(line, raw=raw, error=f"Line {line} is {what} (byte {error.start}); use UTF-8.")
+        return Record(
+            line, raw=raw, error=f"Line {line} is {what} (byte {error.start}); use UTF-8."
+        )
     except (json.JSONDecodeError, RecursionError) as error:
         return Record(line, raw=raw, error=f"Line {line} is not JSON: {error}.")
     if not isinstance(value, dict):

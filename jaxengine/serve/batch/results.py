@@ -6,6 +6,7 @@ from typing import Any
 from jaxengine.serve import openai_api
 from jaxengine.serve.batch.rows import Row
 
+
 class ResultWriter:
     """Lays out results."""
 

@@ -114,7 +114,9 @@ class RowReader:
             return content_key(record.value), None
         value = record.value.get(column)
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            problem = f"`{column}` of line {record.line} must be a text or an integer, got {value!r}."
+            problem = (
+                f"`{column}` of line {record.line} must be a text or an integer, got {value!r}."
+            )
             return content_key(record.value), problem
         return str(value), None
 

@@ -50,7 +50,9 @@ def locked(output: Path, *, is_folder: bool, overwrite: bool) -> Iterator["Sidec
     path = output / "_job.json" if is_folder else output.with_name(f"{output.name}.job.json")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        is_foreign = output.exists() and not path.exists() and (not is_folder or any(output.iterdir()))
+        is_foreign = (
+            output.exists() and not path.exists() and (not is_folder or any(output.iterdir()))
+        )
         if is_foreign and not overwrite:
             raise ConfigError(
                 f"{output} exists and is no batch job's output. Name another, or pass `overwrite`."
