@@ -306,6 +306,11 @@ class Engine:
         """Waits until every program is ready, so that nothing after is slowed by compiling."""
         self._programs.wait(all_of_them=True)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it takes requests."""
+        return not self._worker.is_dead
+
     def stats(self) -> dict[str, Any]:
         """Counts and times since the start: queue, pages, tokens, windows, start-up."""
         return {

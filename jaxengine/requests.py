@@ -128,6 +128,10 @@ def parse_call(
     _check_others(others, specs)
     if prompt is None and input_ids is None:
         raise RequestError("`prompt` or `input_ids` must be given.")
+    if prompt is not None and input_ids is not None and tokenizer is None:
+        prompt = (
+            None  # Ray's SGLang stage sends both; without a tokenizer only the ids can be meant
+        )
     if prompt is not None and input_ids is not None:
         raise RequestError("`prompt` and `input_ids` are both given; leave one of them out.")
     if prompt is not None:

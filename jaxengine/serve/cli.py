@@ -12,6 +12,7 @@ from typing import Any
 import jaxengine
 from jaxengine.errors import JaxEngineError
 from jaxengine.serve.run_command import add_run_command
+from jaxengine.serve.serve_command import add_serve_command
 
 DEMO_PROMPTS = (
     "ROMEO:\nWhat light",
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("dst", type=Path, help="new folder", metavar="DST")
     convert.set_defaults(run=_convert)
     add_run_command(commands)
+    add_serve_command(commands)
     return parser
 
 

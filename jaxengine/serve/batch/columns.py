@@ -19,7 +19,7 @@ OWN_COLUMNS = (
 
 def passed_names(names: Iterable[str]) -> dict[str, str]:
     """Old to new names of an input's columns; no two are the same, and none is one of ours."""
-    taken = {*OWN_COLUMNS, "custom_id", "response"}
+    taken = {*OWN_COLUMNS, "custom_id", "input", "response"}
     renamed = {}
     for old in names:
         new = old

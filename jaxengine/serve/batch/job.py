@@ -16,14 +16,13 @@ from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.errors import ConfigError, JobError, RequestError
 from jaxengine.params import fresh_seed
 from jaxengine.progress import Progress
-from jaxengine.serve.batch.columns import passed_names
 from jaxengine.serve.batch.config import BatchConfig, Report
 from jaxengine.serve.batch.keys import Keys
 from jaxengine.serve.batch.lines import LineFile, StandardOutput
 from jaxengine.serve.batch.parts import PartFolder
 from jaxengine.serve.batch.read import count, format_of, parquet_files, read
 from jaxengine.serve.batch.results import ResultWriter, key_of
-from jaxengine.serve.batch.rows import ID_COLUMNS, SEEDS, Row, RowReader, prompt_columns
+from jaxengine.serve.batch.rows import SEEDS, Row, RowReader, passed_fields
 from jaxengine.serve.batch.sidecar import Sidecar, locked, model_identity
 from jaxengine.text.tokenizer import load_tokenizer
 
@@ -317,18 +316,8 @@ def _open(source: str, target: Path, config: BatchConfig) -> Any:
         return LineFile(target, config.sync_s)
     columns = None
     if format_of(source, config.format) == "parquet":
-        columns = _passed_fields(parquet_files(source)[0].schema_arrow, config)
+        columns = passed_fields(parquet_files(source)[0].schema_arrow, config)
     return PartFolder(target, columns, config.rows_per_part, 12 * config.sync_s)
-
-
-def _passed_fields(schema: Any, config: BatchConfig) -> list[Any]:
-    """Fields of a Parquet input that are passed through, under the names they get."""
-    ids = [config.id_column] if config.id_column else [c for c in ID_COLUMNS if c in schema.names]
-    prompts = [column for column in prompt_columns(config) if column in schema.names]
-    # Where several might be meant, each row decides, and passes the others through.
-    used = {config.params_column, *(prompts if len(prompts) == 1 else ()), *ids[: len(ids) == 1]}
-    names = passed_names(schema.names)
-    return [schema.field(old).with_name(new) for old, new in names.items() if old not in used]
 
 
 def _read_done(output: Any, keys: Keys, report: Report, retry_errors: bool) -> None:

@@ -13,6 +13,8 @@ from jaxengine.serve.batch.lines import sync_folder
 from jaxengine.serve.batch.read import need_pyarrow
 
 MANIFEST = "_manifest.json"
+NESTED = "input"
+"""Column with the other columns of a JSON input; nothing else is called so."""
 
 
 def schema_of(columns: Any) -> Any:
@@ -40,8 +42,22 @@ def schema_of(columns: Any) -> Any:
         "error": pa.struct(error),
     }
     own = [pa.field(name, types[name]) for name in OWN_COLUMNS]
-    rest = [pa.field("input", pa.string())] if columns is None else list(columns)
+    rest = [pa.field(NESTED, pa.string())] if columns is None else list(columns)
     return pa.schema([*own, *rest])
+
+
+def table_of(results: list[dict[str, Any]], schema: Any) -> Any:
+    """Results as an Arrow table with a schema of `schema_of`."""
+    is_nested = schema.names[-1] == NESTED
+    return need_pyarrow().Table.from_pylist([_flat(r, is_nested) for r in results], schema)
+
+
+def _flat(result: dict[str, Any], is_nested: bool) -> dict[str, Any]:
+    own = {name: result.get(name) for name in OWN_COLUMNS}
+    if own["output_ids"] is not None and own["texts"] is None:
+        own["output_ids"] = [own["output_ids"]]
+    rest = {name: value for name, value in result.items() if name not in own}
+    return {**own, NESTED: json.dumps(rest, ensure_ascii=False)} if is_nested else {**own, **rest}
 
 
 class PartFolder:
@@ -56,7 +72,6 @@ class PartFolder:
         """
         self._folder = folder
         self._schema = schema_of(columns)
-        self._is_nested = columns is None
         self._rows_per_part = rows_per_part
         self._sync_s = sync_s
         self._since = time.monotonic()
@@ -109,7 +124,7 @@ class PartFolder:
         if not self._rows:
             return
         rows, self._rows = self._rows, []
-        table = need_pyarrow().Table.from_pylist(list(map(self._flat, rows)), self._schema)
+        table = table_of(rows, self._schema)
         number = 1 + max((_number(part["file"]) for part in self._parts), default=-1)
         self._parts.append(self._write(table, f"part-{number:05}.parquet"))
         self._write_manifest()
@@ -118,15 +133,6 @@ class PartFolder:
         """Writes the last part, and a manifest where there was nothing to write."""
         self.sync()
         self._write_manifest()
-
-    def _flat(self, result: dict[str, Any]) -> dict[str, Any]:
-        own = {name: result.get(name) for name in OWN_COLUMNS}
-        if own["output_ids"] is not None and own["texts"] is None:
-            own["output_ids"] = [own["output_ids"]]
-        rest = {name: value for name, value in result.items() if name not in own}
-        if self._is_nested:
-            rest = {"input": json.dumps(rest, ensure_ascii=False)}
-        return {**own, **rest}
 
     def _open(self, part: dict[str, Any]) -> Any:
         pa = need_pyarrow()

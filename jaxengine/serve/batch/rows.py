@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from jaxengine.errors import PromptTooLongError, RequestError
 from jaxengine.serve import openai_api
 from jaxengine.serve.batch.columns import passed_names
 from jaxengine.serve.batch.config import BatchConfig
-from jaxengine.serve.batch.keys import Keys, content_key, shard_of
+from jaxengine.serve.batch.keys import content_key, shard_of
 from jaxengine.serve.batch.read import Record
 from jaxengine.text.chat import chat_ids
 from jaxengine.text.tokenizer import encode
@@ -19,6 +19,14 @@ ID_COLUMNS = ("custom_id", "id")
 
 SEEDS = ("seed", "sampling_seed")
 DEFAULT_MAX_NEW_TOKENS = 128
+
+
+class Counts(Protocol):
+    """Tells repeated ids apart."""
+
+    def count(self, key: str) -> int:
+        """How often this key was counted before."""
+        ...
 
 
 class Row(NamedTuple):
@@ -60,6 +68,16 @@ def prompt_columns(config: BatchConfig) -> dict[str, str]:
     }
 
 
+def passed_fields(schema: Any, config: BatchConfig) -> list[Any]:
+    """Fields of an Arrow schema that are passed through, under the names they get."""
+    ids = [config.id_column] if config.id_column else [c for c in ID_COLUMNS if c in schema.names]
+    prompts = [column for column in prompt_columns(config) if column in schema.names]
+    # Where several might be meant, each row decides, and passes the others through.
+    used = {config.params_column, *(prompts if len(prompts) == 1 else ()), *ids[: len(ids) == 1]}
+    names = passed_names(schema.names)
+    return [schema.field(old).with_name(new) for old, new in names.items() if old not in used]
+
+
 class RowReader:
     """Reads records as rows. Knows the tokenizer, not the engine."""
 
@@ -68,7 +86,7 @@ class RowReader:
         config: BatchConfig,
         tokenizer: Any,
         max_prompt_tokens: int,
-        keys: Keys,
+        keys: Counts,
         defaults: Mapping[str, Any],
         *,
         is_typed: bool,
