@@ -33,7 +33,8 @@ ALLOWED = {
     "requests": BASE,
     "call": BASE | {"channel"},
     "channel": BASE,
-    "outputs": BASE | {"channel", "text"},
+    "display": set(),
+    "outputs": BASE | {"channel", "display", "text"},
     "worker": BASE | {"channel", "core", "outputs", "text"},
     "submit": BASE
     | {"call", "channel", "outputs", "requests", "runtime.samplers", "text", "worker"},
@@ -64,11 +65,12 @@ ALLOWED = {
     },
     "bench": BASE | {"api", "sampling", "utils"},
     "contrib": BASE | {"api", "sampling", "nn", "models"},
-    "__init__": BASE | {"engine", "sampling", "utils"},
+    "__init__": BASE | {"display", "engine", "sampling", "utils"},
 }
 HOST_ONLY = BASE | {
     "call",
     "channel",
+    "display",
     "imap",
     "outputs",
     "progress",

@@ -1,4 +1,4 @@
-"""Ray Data on this machine: two actors, one of them killed; and the shapes of Ray's SGLang stage."""
+"""Ray Data on this machine, one of two actors killed; and the shapes of Ray's SGLang stage."""
 
 import asyncio
 import os
