@@ -138,7 +138,9 @@ class Qwen2(nnx.Module):
         x = self.embed(tokens) if jnp.issubdtype(tokens.dtype, jnp.integer) else tokens
         angles = rotation(positions, self.config.head_dim, self.config.rope_theta)
         pages_out = []
-        for layer, pages in zip(self.layers, kv_cache or [None] * len(self.layers), strict=True):
+        pages_in = kv_cache or [None] * len(self.layers)
+        for i, (layer, pages) in enumerate(zip(self.layers, pages_in, strict=True)):
+            ctx.see(i, x)
             x, pages = layer(x, angles, pages, meta, ctx)
             pages_out.append(pages)
         return self.norm(x), pages_out

@@ -86,11 +86,14 @@ class ForwardContext:
       kernels: Implementation asked of `pallas_kernels`; None is the best of the backend.
       attend: `attend(q, k, v, kv_pages, meta, ctx) -> (out, kv_pages)`; training swaps in a
         dense one.
+      see: `see(i, x)` is shown the residual stream [T, D] while it is traced: i = 0 is what goes
+        into the first layer, i = 1 what comes out of it, and so on.
     """
 
     mesh: Mesh | None = None
     kernels: Implementation | None = None
     attend: Attend = paged_attention
+    see: Callable[[int, Array], None] = lambda i, x: None
 
     def precision(self, dtype: jnp.dtype) -> jax.lax.Precision:
         """float32 means float32: without this a GPU would multiply in tf32."""
