@@ -3,67 +3,68 @@
 Numpy only; runs in the text thread.
 """
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from jaxengine.types import HiddenStates
-
-type HiddenFormat = Literal["numpy", "sglang"]
+from jaxengine.types import HiddenFormat, HiddenStates
 
 
 class HiddenCollector:
-    """Takes the hidden states of a sample's tokens in their order."""
+    """Takes the hidden states of a sample's tokens in their order.
 
-    def __init__(self, which: HiddenStates, form: HiddenFormat, prompt_len: int) -> None:
+    Attributes:
+      num_tokens: Tokens of the text up to the last whose state is there.
+    """
+
+    def __init__(
+        self, which: HiddenStates, form: HiddenFormat, prompt_len: int, *, may_be_cut: bool
+    ) -> None:
         """Starts with none.
 
         Args:
           which: "all" tokens, the "last" one, or the "mean" over all.
           form: "numpy" is float32 [tokens, D] (or [D]); "sglang" is SGLang's nested list.
           prompt_len: Tokens of the prompt.
+          may_be_cut: States may come of tokens that the text then does not have.
         """
         self._which, self._form, self._prompt_len = which, form, prompt_len
+        self._may_be_cut = may_be_cut
         self._parts: list[np.ndarray] = []
         self.num_tokens = prompt_len - 1 if which == "last" else 0
 
-    def push(self, states: np.ndarray) -> None:
+    def push(self, states: np.ndarray | Sequence[Any]) -> None:
         """Takes the states [n, ...] of the next tokens."""
-        if not len(states):
+        if not isinstance(states, np.ndarray) or not len(states):
             return
         self.num_tokens += len(states)
-        if self._which == "last":
-            self._parts = [states[-1:]]
-        elif self._which == "mean":
-            total = as_float32(states).sum(axis=0, keepdims=True)
-            self._parts = [sum(self._parts, total)]
-        else:
-            self._parts.append(states)
+        self._parts.append(states.astype(np.float32))
+        if not self._may_be_cut and self._which != "all":
+            # Thousands of long texts may be encoded at once: no more is kept than is asked for.
+            reduced = np.concatenate(self._parts)
+            self._parts = [reduced[-1:] if self._which == "last" else reduced.sum(0, keepdims=True)]
 
-    def cut(self, num_tokens: int) -> None:
-        """Drops the states of tokens after so many; only where all were collected."""
-        surplus = self.num_tokens - num_tokens
-        if self._which == "all" and surplus > 0:
-            self._parts = [np.concatenate(self._parts)[:num_tokens]]
-            self.num_tokens = num_tokens
+    def result(self, num_tokens: int) -> Any:
+        """What `meta_info["hidden_states"]` is.
 
-    def result(self) -> Any:
-        """What `meta_info["hidden_states"]` is."""
-        states = as_float32(np.concatenate(self._parts))
+        Args:
+          num_tokens: Tokens the text has.
+        """
+        if not self._parts:  # ended before its first step
+            return np.zeros((0, 0), np.float32) if self._form == "numpy" else []
+        surplus = max(0, self.num_tokens - num_tokens)
+        states = np.concatenate(self._parts)
+        states = states[: len(states) - surplus]
         if self._which == "mean":
-            states = states / self.num_tokens
+            states = states.sum(axis=0, keepdims=True) / (self.num_tokens - surplus)
         if self._form == "sglang":
             return self._as_lists(states)
-        return states if self._which == "all" else states[0]
+        return states if self._which == "all" else states[-1]
 
     def _as_lists(self, states: np.ndarray) -> list[Any]:
         """The prompt's states as one element, then one each output token, but for the last."""
         if self._which != "all":
-            return states.tolist()
+            return states[-1:].tolist()
         prompt, outputs = states[: self._prompt_len], states[self._prompt_len : -1]
         return [prompt.tolist(), *outputs.tolist()]
-
-
-def as_float32(states: np.ndarray) -> np.ndarray:
-    """Float32 of any float dtype."""
-    return states.astype(np.float32, copy=False)

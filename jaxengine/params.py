@@ -29,7 +29,7 @@ SAMPLER_FIELDS = frozenset(
 
 UNSUPPORTED_PARAMS = frozenset(
     """
-    beam_width custom_params ebnf json_schema regex stop_regex stream_interval structural_tag
+    beam_width custom_params ebnf json_schema regex stop_regex structural_tag
     """.split()
 )
 """Keys of SGLang whose feature does not exist here yet; a set value is refused by name."""
@@ -62,6 +62,7 @@ class SamplingParams:
       skip_special_tokens: Leave special tokens out of the text.
       spaces_between_special_tokens: Passed to tokenizers that know it.
       no_stop_trim: Keep what ended the text in it.
+      stream_interval: Tokens between two outputs of a stream, at least; the engine's when None.
       seed: In [0, 2**63); fresh when None.
       sampling_seed: SGLang's name of `seed`.
       seed_mode: "derived" gives every prompt and sample of a call a stream of its own; "exact"
@@ -86,6 +87,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
+    stream_interval: int | None = None
     seed: int | None = None
     sampling_seed: int | None = None
     seed_mode: str = "derived"
@@ -260,6 +262,7 @@ def _host_readers(specs: Mapping[str, Param], vocab_size: int) -> dict[str, Call
         "skip_special_tokens": _boolean,
         "spaces_between_special_tokens": _boolean,
         "no_stop_trim": _boolean,
+        "stream_interval": _integer_in(1, None, "must be an integer of at least 1"),
         "seed": seed,
         "sampling_seed": seed,
         "seed_mode": _seed_mode,

@@ -23,6 +23,9 @@ HIDDEN = "hidden"
 type HiddenStates = Literal["all", "last", "mean"]
 """Which hidden states a request reports: of every token, of the last, or their mean."""
 
+type HiddenFormat = Literal["numpy", "sglang"]
+"""In which form: an array, or SGLang's nested lists."""
+
 DRAW_ERRORS = {
     -2: "the model gave NaN logits; check its weights and dtype",
     -3: "the sampler left no token to draw, or drew one outside the vocabulary",

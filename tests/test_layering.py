@@ -33,10 +33,11 @@ ALLOWED = {
     "requests": BASE,
     "call": BASE | {"channel"},
     "channel": BASE,
-    "outputs": BASE | {"channel", "text"},
+    "hidden": BASE,
+    "outputs": BASE | {"channel", "hidden", "text"},
     "worker": BASE | {"channel", "core", "outputs", "text"},
     "submit": BASE
-    | {"call", "channel", "outputs", "requests", "runtime.samplers", "text", "worker"},
+    | {"call", "channel", "hidden", "outputs", "requests", "runtime.samplers", "text", "worker"},
     "engine": BASE
     | {
         "build",
@@ -56,6 +57,7 @@ ALLOWED = {
 HOST_ONLY = BASE | {
     "call",
     "channel",
+    "hidden",
     "outputs",
     "requests",
     "scheduler",

@@ -115,9 +115,7 @@ class Forward:
         plan = batch.prefill_packing(self.buckets, num_tokens).unpack(packed)
         state = self.edit(state, plan)
         rows = read_rows(state.slots, plan["slot_ids"])
-        hidden, last, cursor, state = self.run_prefill(
-            params, state, rows, plan, num_pages, embeds
-        )
+        hidden, last, cursor, state = self.run_prefill(params, state, rows, plan, num_pages, embeds)
         drawing = jnp.where(cursor.is_done, batch.DROPPED, rows.slot_ids)
         state = dataclasses.replace(
             state, slots=self.layout.write(state.slots, drawing, cursor._asdict())

@@ -148,9 +148,7 @@ class Scheduler:
                 prompt_leaves = _prompt_leaves(plan, result, i, sequence)
                 leaves = {name: leaf[i] for name, leaf in result.leaves.items()}
                 num_steps = plan.num_steps if isinstance(plan, DecodePlan) else 0
-                update = self._take(
-                    sequence, result.token_ids[i], leaves, prompt_leaves, num_steps
-                )
+                update = self._take(sequence, result.token_ids[i], leaves, prompt_leaves, num_steps)
                 updates += [update] if update is not None else []
         return updates
 
