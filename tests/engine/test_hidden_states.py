@@ -73,25 +73,36 @@ def test_side_by_side_with_those_who_want_none(engine: Any):
     np.testing.assert_allclose(hidden(outputs[3]), mean, rtol=2e-3, atol=2e-3)
 
 
+def stops_in(token_ids: list[int], tokenizer: Any) -> dict[int, str]:
+    """Tokens whose text comes up first with them, by the length of what they end; 33 tokens end
+    with the first window."""
+    texts = [(i + 1, tokenizer.decode([token])) for i, token in enumerate(token_ids)]
+    return {
+        length: text
+        for length, text in texts
+        if "\ufffd" not in text and text not in tokenizer.decode(token_ids[: length - 1])
+    }
+
+
 @pytest.mark.parametrize("which", [True, "last"])
 def test_with_a_stop_string(engine: Any, tokenizer: Any, which: Any):
-    """The text ends at every place of a window in turn, its last token too: its state is there."""
-    whole = engine.generate(input_ids=OTHER, sampling_params=GREEDY)
-    seen = set()
-    for i in (0, 1, 30, 31, 32, 33):
-        stop = tokenizer.decode(whole["output_ids"][i : i + 2])
-        params = {**GREEDY, "stop": [stop]}
+    """The text ends at one place of a window after the other: its last state is there, too."""
+    prompts = tiny.prompts_of(*[9] * 8, seed=3)
+    wholes = [o["output_ids"] for o in engine.generate(input_ids=prompts, sampling_params=GREEDY)]
+    found = [stops_in(whole, tokenizer) for whole in wholes]
+    prompt, stops = next((p, s) for p, s in zip(prompts, found, strict=True) if 33 in s)
+    for length, stop in stops.items():
         output = engine.generate(
-            input_ids=OTHER, sampling_params=params, return_hidden_states=which
+            input_ids=prompt, sampling_params={**GREEDY, "stop": stop}, return_hidden_states=which
         )
         assert output["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
-        seen.add(len(output["output_ids"]))
+        assert len(output["output_ids"]) == length
         if which is True:
-            assert_all_states(OTHER, output)
+            assert_all_states(prompt, output)
         else:
-            last = states_of([*OTHER, *output["output_ids"]])[-1][-1]
+            last = states_of([*prompt, *output["output_ids"]])[-1][-1]
             np.testing.assert_allclose(hidden(output), last, rtol=2e-3, atol=2e-3)
-    assert len(seen) > 3
+    assert len(stops) > 5
 
 
 def test_a_stream_ends_with_them(engine: Any):
