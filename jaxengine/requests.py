@@ -240,7 +240,10 @@ def _prompts(
     if not names:
         raise RequestError("`prompt`, `input_ids` or `input_embeds` must be given.")
     if len(names) > 1:
-        raise RequestError(f"{' and '.join(names)} are given; leave all but one of them out.")
+        listed = " and ".join(names)
+        raise RequestError(
+            f"{listed} are {'both ' * (len(names) == 2)}given; leave all but one out."
+        )
     if prompt is not None:
         is_list = not isinstance(prompt, str)
         texts = _texts(prompt, is_list, tokenizer)

@@ -105,7 +105,7 @@ class Submitter:
                 channel,
                 index=index,
                 detokenizer=self._detokenizer(request.params),
-                has_stop_strings=bool(request.params.stop),
+                has_stop_strings=bool(request.params.stop or request.params.stop_regex),
                 decode=decode,
                 weight_version="default",
                 hidden=_collector(request, sample),
@@ -237,6 +237,7 @@ class Submitter:
         return Detokenizer(
             self._vocabulary,
             stop=tuple(params.stop or ()),
+            stop_regex=tuple(params.stop_regex or ()),
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
             no_stop_trim=params.no_stop_trim,
@@ -271,7 +272,7 @@ def _collector(request: PromptRequest, sample: SequenceRequest) -> HiddenCollect
         request.hidden_states,
         request.hidden_format,
         len(sample.prompt_ids),
-        may_be_cut=bool(request.params.stop),
+        may_be_cut=bool(request.params.stop or request.params.stop_regex),
     )
 
 

@@ -24,6 +24,8 @@ def call(prompt=None, sampling_params=None, input_ids=None, **others) -> ParsedC
         others=others,
         specs=SPECS,
         vocab_size=10,
+        hidden_size=4,
+        max_top_logprobs=5,
         tokenizer=tokenizer,
     )
 
@@ -79,7 +81,7 @@ def test_logprob_flags_spread():
 
 
 BAD_CALLS = [
-    ({}, "`prompt` or `input_ids` must be given."),
+    ({}, "`prompt`, `input_ids` or `input_embeds` must be given."),
     ({"prompt": "a", "input_ids": [1]}, "`prompt` and `input_ids` are both given"),
     ({"prompt": ""}, "`prompt` is empty"),
     ({"prompt": ["a", ""]}, "Prompt 1 is empty"),

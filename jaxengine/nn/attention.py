@@ -77,6 +77,27 @@ def paged_attention(
     return out, kv_pages
 
 
+def dense_attention(num_rows: int) -> Attend:
+    """Causal attention over `num_rows` packed rows of equal length, with a gradient and no cache.
+
+    What `ForwardContext.attend` is in training.
+    """
+
+    def attend(
+        q: Float[Array, "T N H"],
+        k: Float[Array, "T K H"],
+        v: Float[Array, "T K H"],
+        kv_pages: None,
+        meta: None,
+        ctx: "ForwardContext",
+    ) -> tuple[Float[Array, "T N H"], None]:
+        q_BSNH, k_BSKH, v_BSKH = (x.reshape(num_rows, -1, *x.shape[1:]) for x in (q, k, v))
+        out = jax.nn.dot_product_attention(q_BSNH, k_BSKH, v_BSKH, is_causal=True)
+        return out.reshape(q.shape), kv_pages
+
+    return attend
+
+
 @dataclass(frozen=True, kw_only=True)
 class ForwardContext:
     """Static choices of a forward pass.

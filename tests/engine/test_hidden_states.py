@@ -8,7 +8,9 @@ import pytest
 
 import jaxengine
 from jaxengine.errors import ConfigError, RequestError
+from jaxengine.nn.attention import ForwardContext, dense_attention
 from tests.engine import tiny
+from tests.oracle import bound_model, params_from_tensors
 
 GREEDY = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
 PROMPT, OTHER, LONG = tiny.prompts_of(40, 9, 90, seed=5)
@@ -151,12 +153,26 @@ def test_with_a_sampler_of_the_calls_own(engine: Any):
     assert_all_states(OTHER, output)
 
 
+def test_layers_are_counted_as_in_transformers():
+    """In the order asked for; 0 is the embeddings, 2 of 2 layers is after the final norm."""
+    model = bound_model(tiny.CONFIG)
+    seen: dict[int, Any] = {}
+    ctx = ForwardContext(attend=dense_attention(1), see=seen.__setitem__)
+    params = params_from_tensors(tiny.CONFIG, tiny.TENSORS)
+    final, _ = model.bind(params)(np.asarray(LONG), np.arange(len(LONG)), None, None, ctx)
+    wanted = states_of(LONG)
+    for i, state in {**seen, 2: final}.items():
+        np.testing.assert_allclose(state, wanted[i], rtol=2e-3, atol=2e-3)
+    assert {*seen} == {0, 1}
+
+
 @pytest.fixture(scope="module")
 def layered(settings: dict[str, Any]) -> Iterator[jaxengine.Engine]:
     with jaxengine.Engine(**tiny.engine_arguments(), **settings, hidden_layers=(0, 2, 1)) as engine:
         yield engine
 
 
+@pytest.mark.nightly
 def test_of_chosen_layers(layered: Any):
     """In the order asked for; 0 is the embeddings, 2 of 2 layers is after the final norm."""
     output = layered.generate(
