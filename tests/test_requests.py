@@ -122,10 +122,7 @@ BAD_CALLS = [
         "`return_logprob` has 2 entries for 1 prompts",
     ),
     ({"prompt": "a", "lora_path": "x"}, "`lora_path` is not supported by jaxengine yet"),
-    ({"prompt": "a", "logprob_start_len": 0}, "`logprob_start_len` is not supported"),
-    ({"prompt": "a", "top_logprobs_num": 2}, "`top_logprobs_num` is not supported"),
     ({"prompt": "a", "image_data": np.ones(3)}, "`image_data` is not supported"),
-    ({"prompt": "a", "return_hidden_states": "last"}, "`return_hidden_states` is not supported"),
 ]
 
 
@@ -140,10 +137,7 @@ def test_defaults_of_unsupported_arguments_are_accepted():
         ["a", "b"],
         image_data=None,
         lora_path=[None, None],
-        logprob_start_len=-1,
-        top_logprobs_num=0,
         token_ids_logprob=[],
-        return_hidden_states=False,
         session_params=None,
         priority=None,
     ).requests

@@ -1,4 +1,4 @@
-"""Where the first of some regular expressions ends in a text that grows. Knows nothing of tokens."""
+"""Where the first match of some patterns ends in a text that grows. Knows nothing of tokens."""
 
 import codecs
 from collections.abc import Sequence
