@@ -124,7 +124,9 @@ class Call:
 
     def _label(self, item: tuple[int, Output]) -> Output:
         index, output = item
-        return output if self._is_single else {**output, "index": index}
+        if not self._is_single:
+            output["index"] = index
+        return output
 
     def _arrange(self, items: list[tuple[int, Output]]) -> Output | list[Output]:
         ordered = [output for _, output in sorted(items, key=lambda item: item[0])]

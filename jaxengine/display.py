@@ -39,8 +39,8 @@ def show(outputs: Any, *, by: str | None = None, tokenizer: Any = None) -> Shown
 
     Args:
       outputs: An output of `generate`, or a list of them.
-      by: "logprob" needs `return_logprob=True`: the less likely a token, the stronger its colour. Any
-        other name is one of `capture`, such as "entropy": the larger, the stronger, up to the
+      by: "logprob" needs `return_logprob=True`: the less likely a token, the stronger its colour.
+        Any other name is one of `capture`, such as "entropy": the larger, the stronger, up to the
         largest of the output. None takes the entropy where it was captured, else the logprob.
       tokenizer: Gives the tokens' texts; not needed with `return_text_in_logprobs=True`.
 

@@ -34,10 +34,11 @@ ALLOWED = {
     "call": BASE | {"channel"},
     "channel": BASE,
     "display": set(),
-    "outputs": BASE | {"channel", "display", "text"},
+    "hidden": BASE,
+    "outputs": BASE | {"channel", "display", "hidden", "text"},
     "worker": BASE | {"channel", "core", "outputs", "text"},
     "submit": BASE
-    | {"call", "channel", "outputs", "requests", "runtime.samplers", "text", "worker"},
+    | {"call", "channel", "hidden", "outputs", "requests", "runtime.samplers", "text", "worker"},
     "engine": BASE
     | {
         "build",
@@ -71,6 +72,7 @@ HOST_ONLY = BASE | {
     "call",
     "channel",
     "display",
+    "hidden",
     "imap",
     "outputs",
     "progress",

@@ -273,6 +273,7 @@ def _check(params: Any, input_ids: Any, model: ModelConfig) -> None:
             others={},
             specs=default_sampler().params,
             vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
             max_top_logprobs=0,
             # Only whether there is one counts here.
             tokenizer=True,
