@@ -5,8 +5,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jaxengine.errors import ConfigError
+
+WORST_FIRST = (1, 2, 130, 3)
+"""Exit codes of `jaxengine run`: stopped, misused, interrupted, ended with error rows."""
 
 
 def run_on_gpus(num_gpus: int, argv: Sequence[str], *, has_shard: bool) -> int:
@@ -53,7 +57,8 @@ def run_on_gpus(num_gpus: int, argv: Sequence[str], *, has_shard: bool) -> int:
             f"jaxengine: shards {died} were killed; run the command again to go on with them.",
             file=sys.stderr,
         )
-    return max(1 if code < 0 else code for code in codes)
+    codes = [1 if code < 0 else code for code in codes]
+    return next((code for code in WORST_FIRST if code in codes), 0)
 
 
 def without_gpus(argv: Sequence[str]) -> list[str]:
@@ -67,7 +72,7 @@ def without_gpus(argv: Sequence[str]) -> list[str]:
     return kept
 
 
-def _wait(child: subprocess.Popen) -> int:
+def _wait(child: Any) -> int:
     while True:
         try:
             return child.wait()

@@ -158,6 +158,16 @@ def test_a_changed_job_is_refused_and_says_what_changed(tmp_path: Path, source: 
     assert report.num_done == len(ROWS)
 
 
+def test_a_job_without_a_result_binds_nobody(tmp_path: Path, source: Path):
+    def fail(_: int) -> None:
+        raise OSError("no device")
+
+    with pytest.raises(OSError, match="no device"):
+        run(source, tmp_path / "out.jsonl", engine=FakeEngine(fail))
+    other = {**PARAMS, "temperature": 0.5}
+    assert run(source, tmp_path / "out.jsonl", sampling_params=other).num_done == len(ROWS)
+
+
 def test_a_seed_that_nobody_gave_is_kept(tmp_path: Path, source: Path):
     target = tmp_path / "out.jsonl"
     run(source, target, sampling_params={})

@@ -80,13 +80,16 @@ def run(
         raise ConfigError(f"The input {source!r} does not exist.")
     if config.shard is not None and str(target) != "-":
         target = config.shard.path(target)
+    folder = _model_folder(engine, model_path)
+    if engine is None and sampler is None and folder is not None:
+        # A parameter that no row can have is better told now than row by row.
+        _check(config.sampling_params, [0], _model_config(folder))
     with contextlib.ExitStack() as stack:
         is_piped, is_folder = str(target) == "-", target.suffix == ".parquet"
         sidecar = None
         if not is_piped:
             held = locked(target, is_folder=is_folder, overwrite=config.overwrite)
             sidecar = stack.enter_context(held)
-        folder = _model_folder(engine, model_path)
         job = {"model": model_identity(folder) if folder else None, **config.identity()}
         decided = _decide(job, config, sidecar)
         keys = stack.enter_context(contextlib.closing(Keys()))
@@ -94,9 +97,6 @@ def run(
         output = stack.enter_context(contextlib.closing(_open(source, target, config)))
         if not is_piped:
             _read_done(output, keys, report, config.retry_errors)
-        if engine is None and sampler is None and folder is not None:
-            # A parameter that no row can have is better told now than row by row.
-            _check(config.sampling_params, [0], _model_config(folder))
         if engine is None:
             more = engine_settings or {}
             engine = stack.enter_context(

@@ -103,7 +103,7 @@ class Sidecar:
         self._file.seek(0)
         try:
             before = json.loads(self._file.read())
-        except json.JSONDecodeError:  # new, or torn while it was written, before any result
+        except json.JSONDecodeError:  # new, or torn when it was written
             before = None
         now = json.loads(json.dumps({"version": VERSION, **job}, default=str))
         if before is None and self._has_results:
@@ -111,7 +111,8 @@ class Sidecar:
                 f"What the job of {self._output} was is lost: {self._file.name} is empty. Pass "
                 "`overwrite` to begin anew, or name another output."
             )
-        if before is None:
+        if before is None or not self._has_results:
+            # A job that failed before its first result binds nobody.
             self._write({**now, "decided": fresh})
             return dict(fresh)
         changed = [
