@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxengine.errors import RequestError
-from jaxengine.text.chat import chat_ids
+from jaxengine.serve.messages import chat_ids
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 

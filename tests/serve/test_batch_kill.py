@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 import jaxengine
 from jaxengine.serve import batch
@@ -23,7 +24,8 @@ WORDS = "love death night crown sword king heart tongue blood grace heaven tears
 def processes() -> Any:
     """Makes processes that have imported everything, and can be killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jaxengine.engine", "jaxengine.serve.batch.job"])
+    heavy = [PreTrainedTokenizerFast.__module__, "orbax.checkpoint", "pyarrow.parquet"]
+    context.set_forkserver_preload([*heavy, "jaxengine.engine", "jaxengine.serve.batch.job"])
     return context
 
 

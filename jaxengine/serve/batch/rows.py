@@ -10,7 +10,7 @@ from jaxengine.serve.batch.columns import passed_names
 from jaxengine.serve.batch.config import BatchConfig
 from jaxengine.serve.batch.keys import content_key, shard_of
 from jaxengine.serve.batch.read import Record
-from jaxengine.text.chat import chat_ids
+from jaxengine.serve.messages import chat_ids
 from jaxengine.text.tokenizer import encode
 
 TEXTS, IDS = ("prompt", "text"), ("input_ids", "token_ids", "prompt_token_ids")

@@ -1,8 +1,9 @@
-"""Conversations to token ids, through the tokenizer's chat template."""
+"""Messages from outside, in OpenAI's forms and however wrong, to token ids."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxengine.chat import render
 from jaxengine.errors import RequestError
 
 
@@ -10,29 +11,20 @@ def chat_ids(tokenizer: Any, messages: Any, *, system: str | None = None) -> lis
     """Token ids of a conversation, up to where the assistant begins to speak.
 
     Args:
-      tokenizer: With a chat template.
+      tokenizer: A Hugging Face tokenizer.
       messages: Dicts with `role` and `content`, oldest first; checked, whatever comes. Content may
         be a list of OpenAI's text parts.
       system: Comes first where the conversation has no system message of its own.
 
     Raises:
-      RequestError: For messages the template cannot render, or where there is no template.
+      RequestError: For messages that are none, or that the template does not take.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise RequestError("`messages` must be a list of messages that is not empty.")
     turns = [_message(i, message) for i, message in enumerate(messages)]
     if system is not None and turns[0]["role"] not in ("system", "developer"):
         turns = [{"role": "system", "content": system}, *turns]
-    if not getattr(tokenizer, "chat_template", None):
-        raise RequestError(
-            "`messages` need a chat template, and this model's tokenizer has none. Pass a prompt."
-        )
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates are programs: they raise what they like
-        raise RequestError(f"The chat template refused `messages`: {error}.") from error
-    # The template writes the special tokens itself.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return render(tokenizer, turns)
 
 
 def _message(i: int, message: Any) -> dict[str, Any]:
