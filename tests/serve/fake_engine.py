@@ -28,7 +28,6 @@ class FakeEngine:
 
     Attributes:
       hook: Called with the number of every item before it is answered.
-      seen: Arguments of all items.
     """
 
     def __init__(self, hook: Callable[[int], object] = lambda _: None, **_: Any) -> None:
@@ -37,7 +36,6 @@ class FakeEngine:
             model_path="", context_length=CONTEXT_LENGTH, served_model_name="fake"
         )
         self.hook = hook
-        self.seen: list[dict[str, Any]] = []
 
     def stats(self) -> dict[str, Any]:
         return {"max_total_tokens": 1000, "num_running": 0}
@@ -57,7 +55,6 @@ class FakeEngine:
     def answer(self, item: Any) -> Any:
         if isinstance(item, RequestError):
             raise item
-        self.seen.append(item)
         params, ids = item["sampling_params"], item["input_ids"]
         if len(ids) >= CONTEXT_LENGTH:
             raise PromptTooLongError("too long")

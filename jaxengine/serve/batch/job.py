@@ -26,6 +26,9 @@ from jaxengine.serve.batch.rows import SEEDS, Row, RowReader, passed_fields
 from jaxengine.serve.batch.sidecar import Sidecar, locked, model_identity
 from jaxengine.text.tokenizer import load_tokenizer
 
+MAX_SHOWN_ERRORS = 20
+"""Of these a dry run tells what is wrong; the others are counted."""
+
 
 class Output(Protocol):
     """Where results go."""
@@ -124,7 +127,7 @@ def dry_run(
       **settings: The same, one by one.
 
     Returns:
-      Rows, error rows and prompt tokens.
+      Rows, error rows and prompt tokens; what is wrong with the first ones is printed.
     """
     config = dataclasses.replace(config or BatchConfig(), **settings)
     engine_config = EngineConfig.from_kwargs({"model_path": model_path, **(engine_settings or {})})
@@ -145,7 +148,8 @@ def dry_run(
                     error = wrong
             if error is not None:
                 report.num_errors += 1
-                print(f"line {row.line}: {error}", file=sys.stderr)
+                if report.num_errors <= MAX_SHOWN_ERRORS:
+                    print(f"line {row.line}: {error}", file=sys.stderr)
                 continue
             num_tokens = len(row.arguments["input_ids"])
             report.prompt_tokens += num_tokens
