@@ -34,6 +34,8 @@ ALLOWED = {
     "call": BASE | {"channel"},
     "channel": BASE,
     "display": set(),
+    "imap": BASE | {"call", "channel"},
+    "progress": set(),
     "chat": BASE,
     "pooling": BASE,
     "hidden": BASE,
