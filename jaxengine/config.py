@@ -5,6 +5,7 @@ Both are frozen; a change is `dataclasses.replace`. Functions are never config.
 
 import dataclasses
 import difflib
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -110,7 +111,10 @@ class EngineConfig:
       model_path: Folder of a checkpoint, or a hub id.
       tokenizer_path: Folder or hub id of the tokenizer; the model's when None.
       skip_tokenizer_init: Ids in, ids out; no tokenizer is loaded.
-      load_format: "auto" (safetensors, or Orbax where the folder holds one) or "dummy" (random).
+      load_format: "auto" (safetensors, Orbax where the folder holds one, or a GGUF file),
+        "safetensors", "orbax", "gguf", or "dummy" (random).
+      json_model_override_args: Fields in place of `config.json`'s own, a dict or its JSON; a dict
+        merges into one that is there: {"rope_scaling": {"type": "yarn", "factor": 4.0}}.
       dtype: Weights and activations; "auto" is the checkpoint's on a GPU and float32 on a CPU.
       context_length: Longest prompt plus output, in tokens; the model's own when None.
       mem_fraction_static: Share of the device memory for weights and KV pages, in (0, 1).
@@ -137,6 +141,7 @@ class EngineConfig:
     tokenizer_path: str | None = None
     skip_tokenizer_init: bool = False
     load_format: str = "auto"
+    json_model_override_args: str | Mapping[str, Any] = "{}"
     dtype: str = "auto"
     context_length: int | None = None
     mem_fraction_static: float = 0.85
@@ -161,7 +166,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16", "half"))
-        _check_choice("load_format", self.load_format, ("auto", "safetensors", "orbax", "dummy"))
+        formats = ("auto", "safetensors", "orbax", "gguf", "dummy")
+        _check_choice("load_format", self.load_format, formats)
+        _json_object("json_model_override_args", self.json_model_override_args)
         for name in (
             "context_length",
             "max_running_requests",
@@ -187,6 +194,11 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not value or list(value) != sorted({*value} - {0})):
                 raise ConfigError(f"`{name}` must be ascending positive sizes, got {value}.")
+
+    @property
+    def model_overrides(self) -> dict[str, Any]:
+        """`json_model_override_args` as a dict."""
+        return _json_object("json_model_override_args", self.json_model_override_args)
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> "EngineConfig":
@@ -228,6 +240,16 @@ class EngineConfig:
         rows = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.repr]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"  {name:<{width}} = {value}" for name, value in rows)
+
+
+def _json_object(name: str, value: object) -> dict[str, Any]:
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"`{name}` is no JSON: {error}.") from error
+    if not isinstance(parsed, Mapping):
+        raise ConfigError(f"`{name}` must be a dict or a JSON object, got {value!r}.")
+    return dict(parsed)
 
 
 def _is_int(value: object) -> bool:

@@ -12,6 +12,7 @@ from jaxengine import build as builder
 from jaxengine.call import Call
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.errors import RequestError
+from jaxengine.locate import locate
 from jaxengine.log import logger
 from jaxengine.requests import group_size, parse_call
 from jaxengine.runtime.samplers import LiveSampler
@@ -72,7 +73,7 @@ class Engine:
         progress = sys.stderr.isatty() if config.progress is None else config.progress
         self.tokenizer = tokenizer
         if tokenizer is None and not config.skip_tokenizer_init and params is None:
-            folder = config.tokenizer_path or builder.resolve_folder(config)
+            folder = config.tokenizer_path or locate(config)
             self.tokenizer = load_tokenizer(folder, config.trust_remote_code, config.revision)
         vocabulary = Vocabulary(self.tokenizer) if self.tokenizer is not None else None
         own = default_sampler() if sampler is None else as_sampler(sampler)

@@ -20,16 +20,27 @@ ALLOWED = {
     "compat": set(),
     "config": {"compat", "errors", "log", "types"},
     "utils": BASE,
+    "gguf_file": BASE,
     "pallas_kernels": set(),
     "scheduler": BASE,
-    "text": BASE,
+    "text": BASE | {"gguf_file"},
     "nn": BASE | {"pallas_kernels"},
     "sampling": BASE | {"pallas_kernels"},
     "models": BASE | {"nn"},
     "runtime": BASE
-    | {"pallas_kernels", "nn", "models", "sampling", "scheduler.buckets", "scheduler.plan"},
+    | {
+        "gguf_file",
+        "pallas_kernels",
+        "nn",
+        "models",
+        "sampling",
+        "scheduler.buckets",
+        "scheduler.plan",
+    },
+    "locate": BASE | {"gguf_file", "models"},
     "core": BASE | {"scheduler", "runtime"},
-    "build": BASE | {"core", "models", "nn", "runtime", "sampling", "scheduler"},
+    "build": BASE
+    | {"core", "gguf_file", "locate", "models", "nn", "runtime", "sampling", "scheduler"},
     "requests": BASE,
     "call": BASE | {"channel"},
     "channel": BASE,
@@ -40,6 +51,7 @@ ALLOWED = {
     "engine": BASE
     | {
         "build",
+        "locate",
         "call",
         "requests",
         "runtime.samplers",
@@ -55,6 +67,7 @@ ALLOWED = {
 }
 HOST_ONLY = BASE | {
     "call",
+    "gguf_file",
     "channel",
     "outputs",
     "requests",

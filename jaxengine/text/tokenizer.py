@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxengine.errors import ConfigError
+from jaxengine.gguf_file import GGUFFile, is_gguf
+from jaxengine.text.gguf_tokenizer import tokenizer_from_gguf
 
 
 def load_tokenizer(
     path: str | Path, trust_remote_code: bool = False, revision: str | None = None
 ) -> Any:
-    """Loads the Hugging Face tokenizer of a folder or hub id.
+    """Loads the Hugging Face tokenizer of a folder or hub id, or that of a GGUF file.
 
     A folder with a `tokenizer.json` is taken at its word; anything else goes through
     `AutoTokenizer`, which may import torch where torch is installed.
@@ -20,6 +22,9 @@ def load_tokenizer(
     Raises:
       ConfigError: When there is no usable tokenizer.
     """
+    if is_gguf(path):
+        with _no_advice():
+            return tokenizer_from_gguf(GGUFFile(Path(path)))
     with _no_advice():
         from transformers import PreTrainedTokenizerFast as Tokenizer
 
