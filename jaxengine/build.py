@@ -258,7 +258,7 @@ def settle(
 
     Raises:
       ConfigError: If `context_length` exceeds the model's.
-      CapacityError: If no memory is left for KV pages.
+      CapacityError: If the model does not fit.
     """
     is_gpu = device.platform == "gpu"
     dtype = _dtype(config, model, device)
@@ -270,13 +270,12 @@ def settle(
     chunk = -(-chunk // config.page_size) * config.page_size
     prefill = config.prefill_buckets or (GPU_PREFILL if is_gpu else CPU_PREFILL)
     decode = config.decode_buckets or (GPU_DECODE if is_gpu else CPU_DECODE)
+    per_slot = 4 * slot_width + jnp.dtype(COUNT_DTYPE).itemsize * model.vocab_size
+    needs = {"the weights": weight_bytes, f"{slots} sequences' state": slots * per_slot}
+    least = 1 + min(chunk, context) // config.page_size
     page_bytes = config.page_size * model.kv_bytes_per_token[dtype]
-    if config.max_total_tokens is not None:
-        num_pages = 1 + -(-config.max_total_tokens // config.page_size)
-    else:
-        per_slot = 4 * slot_width + jnp.dtype(COUNT_DTYPE).itemsize * model.vocab_size
-        num_pages = _pages_in_memory(config, page_bytes, weight_bytes + slots * per_slot, device)
-        num_pages = min(num_pages, max_num_pages(model, config.page_size))
+    num_pages = _pages_in_memory(config, page_bytes, least, needs, device)
+    num_pages = min(num_pages, max_num_pages(model, config.page_size))
     return Limits(
         dtype=dtype,
         context_length=context,
@@ -295,20 +294,46 @@ def settle(
     )
 
 
-def _pages_in_memory(config: EngineConfig, page_bytes: int, other_bytes: int, device: Any) -> int:
+def _pages_in_memory(
+    config: EngineConfig, page_bytes: int, least: int, needs: dict[str, int], device: Any
+) -> int:
+    """KV pages: as many as `max_total_tokens` says, else as many as fit.
+
+    Args:
+      config: Settings.
+      page_bytes: Bytes of a page.
+      least: Pages without which an engine is of no use: those of one prefill call.
+      needs: Bytes of everything else that will be allocated, by name.
+      device: Where all will be.
+
+    Raises:
+      CapacityError: Says what needs how much, how much there is, and what to do.
+    """
+    asked = config.max_total_tokens and 1 + -(-config.max_total_tokens // config.page_size)
     memory = device.memory_stats() or {}
-    free = CPU_KV_BYTES
-    if "bytes_limit" in memory:
-        free = int(memory["bytes_limit"] * config.mem_fraction_static)
-        free -= memory["bytes_in_use"] + other_bytes
-    pages = _round_down(free // page_bytes)
-    if pages < 2:
-        raise CapacityError(
-            f"No memory is left for KV pages: {free / 1e9:.2f} GB free of "
-            f"{memory.get('bytes_limit', 0) / 1e9:.2f} GB after the weights, and a page takes "
-            f"{page_bytes / 1e6:.2f} MB. Raise `mem_fraction_static` or use a smaller model."
-        )
-    return pages
+    if "bytes_limit" not in memory:
+        return asked or max(2, _round_down(CPU_KV_BYTES // page_bytes))
+    # What is asked for by number may take the rest of the memory, too.
+    share = 1.0 if asked else config.mem_fraction_static
+    limit, in_use = memory["bytes_limit"], memory["bytes_in_use"]
+    there = int(limit * share) - in_use
+    room = max(0, there - sum(needs.values())) // page_bytes
+    if room >= (asked or least):
+        return asked or _round_down(room)
+    pages = asked or least
+    needs = needs | {f"KV pages of {(pages - 1) * config.page_size:,} tokens": pages * page_bytes}
+    parts = ", ".join(f"{_gb(size)} for {name}" for name, size in needs.items())
+    remedy = "lower `max_total_tokens`" if asked else "raise `mem_fraction_static`"
+    raise CapacityError(
+        f"{_gb(sum(needs.values()))} are needed ({parts}), and there are {_gb(there)}: {share:.0%} "
+        f"of the {_gb(limit)} that JAX may use, less {_gb(in_use)} in use. Use a smaller model or "
+        f"a larger GPU, {remedy}, or, where the GPU has more memory, set "
+        "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 before JAX starts."
+    )
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
 
 
 def _round_down(pages: int) -> int:

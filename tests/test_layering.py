@@ -41,6 +41,7 @@ ALLOWED = {
     "core": BASE | {"scheduler", "runtime"},
     "build": BASE
     | {"core", "gguf_file", "locate", "models", "nn", "runtime", "sampling", "scheduler"},
+    "defaults": BASE | {"locate"},
     "requests": BASE,
     "call": BASE | {"channel"},
     "channel": BASE,
@@ -51,6 +52,7 @@ ALLOWED = {
     "engine": BASE
     | {
         "build",
+        "defaults",
         "locate",
         "call",
         "requests",

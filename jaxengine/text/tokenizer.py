@@ -45,6 +45,33 @@ def load_tokenizer(
     return tokenizer
 
 
+def set_chat_template(tokenizer: Any, template: str | None, name: str | None) -> None:
+    """Chooses how `messages` become a prompt; nothing changes where both are None.
+
+    Args:
+      tokenizer: Is changed.
+      template: A Jinja template, or the file of one.
+      name: Which of the tokenizer's own, where it has several.
+
+    Raises:
+      ConfigError: For a file or name that is not there.
+    """
+    if template is not None:
+        is_inline = "{" in template
+        if not is_inline and not Path(template).is_file():
+            raise ConfigError(
+                f"`chat_template` {template!r} is neither a Jinja template nor a file; SGLang's "
+                "built-in names are not known here. Leave it out for the tokenizer's own."
+            )
+        tokenizer.chat_template = template if is_inline else Path(template).read_text()
+    elif name is not None:
+        choices = tokenizer.chat_template
+        if not isinstance(choices, dict) or name not in choices:
+            known = ", ".join(choices) if isinstance(choices, dict) else "none by name"
+            raise ConfigError(f"`hf_chat_template_name` {name!r} is not there; it has {known}.")
+        tokenizer.chat_template = choices[name]
+
+
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, with the special tokens the tokenizer adds by itself."""
     return tokenizer(list(texts), verbose=False)["input_ids"] if texts else []

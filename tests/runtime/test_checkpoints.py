@@ -23,7 +23,7 @@ from tests.engine import tiny
 from tests.gguf_files import own_name, random_q4_k, random_q6_k, write_gguf
 from tests.oracle import params_from_tensors
 
-QWEN2 = dataclasses.replace(tiny.CONFIG, vocab_size=48)
+QWEN2 = dataclasses.replace(tiny.CONFIG, vocab_size=48, intermediate_size=64)
 # K-blocks hold 256 values.
 LLAMA = ModelConfig(
     architecture="LlamaForCausalLM",
