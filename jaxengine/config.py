@@ -125,6 +125,10 @@ class EngineConfig:
       decode_buckets: Batch sizes decode windows are compiled for, ascending; chosen when None.
       prefill_buckets: Packed prefill lengths in tokens, ascending; chosen when None.
       max_top_logprobs: Most `top_logprobs_num` a request may ask for.
+      hidden_layers: Layers whose hidden states `return_hidden_states` gives, counted as in
+        transformers: 0 is the embeddings, i what comes out of layer i, `num_layers` that after the
+        final norm. None is this last one alone, with no axis for layers.
+      stream_interval: Tokens between two outputs of a stream, at least; the first comes at once.
       random_seed: Seed from which requests without one draw theirs; fresh when None.
       preferred_sampling_params: Sampling parameters under those of a request, a dict or its JSON.
       sampling_defaults: "openai", SGLang's own defaults, which are what `sgl.Engine` uses whatever
@@ -159,6 +163,8 @@ class EngineConfig:
     decode_buckets: tuple[int, ...] | None = None
     prefill_buckets: tuple[int, ...] | None = None
     max_top_logprobs: int = 20
+    hidden_layers: tuple[int, ...] | None = None
+    stream_interval: int = 1
     random_seed: int | None = None
     preferred_sampling_params: str | Mapping[str, Any] | None = None
     sampling_defaults: str = "openai"
@@ -190,6 +196,7 @@ class EngineConfig:
             "page_size",
             "max_window_steps",
             "max_top_logprobs",
+            "stream_interval",
         ):
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):

@@ -18,6 +18,7 @@ from jaxengine.log import logger
 from jaxengine.requests import group_size, parse_call
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.sampling import as_sampler, default_sampler
+from jaxengine.sampling.processor import with_processor
 from jaxengine.submit import Submitter
 from jaxengine.text.detokenizer import Vocabulary
 from jaxengine.text.tokenizer import eos_token_ids, load_tokenizer, set_chat_template
@@ -107,6 +108,7 @@ class Engine:
                 context_length=built.limits.context_length,
                 max_total_tokens=built.limits.max_total_tokens,
                 random_seed=config.random_seed,
+                stream_interval=config.stream_interval,
             )
             # Calls under way hold it, too: the engine stops when nobody wants anything of it.
             self._finalizer = weakref.finalize(self._submitter, _stop, self._worker, built.programs)
@@ -135,7 +137,12 @@ class Engine:
         top_logprobs_num: Any = None,
         token_ids_logprob: Any = None,
         return_text_in_logprobs: bool = False,
+        return_hidden_states: Any = False,
+        hidden_states_format: str = "numpy",
+        return_prompt_token_ids: bool = False,
+        input_embeds: Any = None,
         sampler: Any = None,
+        custom_logit_processor: Any = None,
         capture: Any = None,
         companions: Any = None,
         stream: bool = False,
@@ -160,8 +167,22 @@ class Engine:
           top_logprobs_num: With it, the so many most likely tokens at every place.
           token_ids_logprob: With it, the logprobs of these ids at every place.
           return_text_in_logprobs: Give the tokens' text in these lists.
+          return_hidden_states: Report the model's hidden states in `meta_info["hidden_states"]` of
+            the final output: True, float32 [tokens, hidden] of every token of prompt and output,
+            the last one included, whatever the prefix cache had (it is not used for the prompt);
+            "last", [hidden] of the last token; "mean", [hidden], over all of them. One for all
+            prompts, or a list. They are those after the final norm, unless `hidden_layers` of
+            `EngineConfig` names others; then layers are an axis before the last.
+          hidden_states_format: "sglang" gives its nested lists instead: the prompt's states as
+            the first element, then one an output token, the last of which has none.
+          return_prompt_token_ids: Give the prompt's ids in `prompt_token_ids`.
+          input_embeds: Embeddings [tokens, hidden] instead of ids, numpy or jax; or a list. The
+            prefix cache stays on; what such a prompt computes is found by its own samples only.
           sampler: What turns logits into tokens for this call: a `Sampler`, a transform, a draw, or
             any function `(logits, ctx) -> token`. See `jaxengine.sampling`.
+          custom_logit_processor: A function `(logits, ctx) -> logits` or a transform, put where
+            SGLang has it: after penalties and bias, before the temperature. SGLang's pickled
+            strings are refused: a request is never unpickled.
           capture: Name -> `fn(logits, drawn, ctx) -> array [B, ...]`, traced into the loop; comes
             back in `captures`, a numpy array with a row a token.
           companions: Prompts that are continued in lockstep by the same tokens, for a sampler that
@@ -187,7 +208,12 @@ class Engine:
             top_logprobs_num=top_logprobs_num,
             token_ids_logprob=token_ids_logprob,
             return_text_in_logprobs=return_text_in_logprobs,
+            return_hidden_states=return_hidden_states,
+            hidden_states_format=hidden_states_format,
+            return_prompt_token_ids=return_prompt_token_ids,
+            input_embeds=input_embeds,
             sampler=sampler,
+            custom_logit_processor=custom_logit_processor,
             capture=capture,
             companions=companions,
             stream=stream,
@@ -207,7 +233,12 @@ class Engine:
         top_logprobs_num: Any = None,
         token_ids_logprob: Any = None,
         return_text_in_logprobs: bool = False,
+        return_hidden_states: Any = False,
+        hidden_states_format: str = "numpy",
+        return_prompt_token_ids: bool = False,
+        input_embeds: Any = None,
         sampler: Any = None,
+        custom_logit_processor: Any = None,
         capture: Any = None,
         companions: Any = None,
         stream: bool = False,
@@ -227,7 +258,12 @@ class Engine:
             top_logprobs_num=top_logprobs_num,
             token_ids_logprob=token_ids_logprob,
             return_text_in_logprobs=return_text_in_logprobs,
+            return_hidden_states=return_hidden_states,
+            hidden_states_format=hidden_states_format,
+            return_prompt_token_ids=return_prompt_token_ids,
+            input_embeds=input_embeds,
             sampler=sampler,
+            custom_logit_processor=custom_logit_processor,
             capture=capture,
             companions=companions,
             stream=stream,
@@ -284,6 +320,7 @@ class Engine:
         input_ids: Any,
         *,
         sampler: Any,
+        custom_logit_processor: Any,
         capture: Any,
         companions: Any,
         return_text_in_logprobs: bool,
@@ -291,7 +328,7 @@ class Engine:
         **arguments: Any,
     ) -> Call:
         size = group_size(prompt, input_ids, companions) if companions else 1
-        live = self._live_sampler(sampler, capture, size)
+        live = self._live_sampler(sampler, custom_logit_processor, capture, size)
         parsed = parse_call(
             prompt,
             with_defaults(sampling_params, self._default_params, live.steps.sampler.params),
@@ -299,21 +336,30 @@ class Engine:
             companions=companions,
             specs=live.steps.sampler.params,
             vocab_size=self.model_config.vocab_size,
+            hidden_size=self.model_config.hidden_size,
             max_top_logprobs=self.config.max_top_logprobs,
             tokenizer=self.tokenizer,
             **arguments,
         )
         samples = self._submitter.sequences(parsed, live, is_streaming=stream)
         # Compiled here, not in the engine's thread: nobody else waits for it.
-        scores = any(sample.logprob_start is not None for sample in samples)
-        self._runner.prepare(live, scores=scores)
+        self._runner.prepare(
+            live,
+            scores=any(sample.logprob_start is not None for sample in samples),
+            hidden=any(sample.feeds_last for sample in samples),
+            embeds=any(sample.embeds is not None for sample in samples),
+        )
         return self._submitter.submit(parsed, samples, has_text=bool(return_text_in_logprobs))
 
-    def _live_sampler(self, sampler: Any, capture: Any, group_size: int) -> LiveSampler:
+    def _live_sampler(
+        self, sampler: Any, processor: Any, capture: Any, group_size: int
+    ) -> LiveSampler:
         """The call's sampler bound to this engine; the engine's own when it brings none."""
-        if sampler is None and not capture and group_size == 1:
+        if sampler is None and processor is None and not capture and group_size == 1:
             return self._samplers.own
         chosen = self._samplers.own.steps.sampler if sampler is None else as_sampler(sampler)
+        if processor is not None:
+            chosen = with_processor(chosen, processor)
         if capture:
             if not isinstance(capture, Mapping) or not all(map(callable, capture.values())):
                 raise RequestError("`capture` must map names to functions (logits, drawn, ctx).")

@@ -45,10 +45,11 @@ ALLOWED = {
     "requests": BASE,
     "call": BASE | {"channel"},
     "channel": BASE,
-    "outputs": BASE | {"channel", "text"},
+    "hidden": BASE,
+    "outputs": BASE | {"channel", "hidden", "text"},
     "worker": BASE | {"channel", "core", "outputs", "text"},
     "submit": BASE
-    | {"call", "channel", "outputs", "requests", "runtime.samplers", "text", "worker"},
+    | {"call", "channel", "hidden", "outputs", "requests", "runtime.samplers", "text", "worker"},
     "engine": BASE
     | {
         "build",
@@ -71,6 +72,7 @@ HOST_ONLY = BASE | {
     "call",
     "gguf_file",
     "channel",
+    "hidden",
     "outputs",
     "requests",
     "scheduler",
