@@ -34,9 +34,11 @@ class Name(NamedTuple):
         """Whether a value of a refused name asks for what is not there."""
         if isinstance(value, list | tuple):
             return any(self.is_asked_for(item) for item in value)
-        is_empty = value is None or value is False or (isinstance(value, str | dict) and not value)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return not (is_empty or (is_number and value == 0) or value == self.off)
+        if isinstance(value, str | dict):
+            return bool(value) and value != self.off
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value not in (0, self.off)
+        return value is not None and value is not False
 
 
 def honoured(names: str) -> dict[str, Name]:
@@ -84,6 +86,7 @@ NO_LORA = "LoRA adapters are not there yet; merge the adapter into the weights"
 NO_GRAMMAR = "structured output is not there yet"
 NO_PD = "prefill and decode run in one engine"
 NO_SESSIONS = "there are no sessions: the prefix cache finds earlier turns by their tokens"
+FCFS = "requests are served first come, first served"
 STATS = "`stats()` has the counts"
 
 ENGINE_ARGUMENTS = _table(
@@ -92,8 +95,8 @@ ENGINE_ARGUMENTS = _table(
         allow_auto_truncate chat_template chunked_prefill_size context_length download_dir dtype
         hf_chat_template_name json_model_override_args load_format log_level max_running_requests
         max_total_tokens mem_fraction_static model_path page_size preferred_sampling_params
-        random_seed revision sampling_defaults served_model_name skip_tokenizer_init tokenizer_path
-        trust_remote_code weight_version
+        random_seed revision sampling_defaults served_model_name skip_tokenizer_init
+        stream_interval tokenizer_path trust_remote_code weight_version
         """
     ),
     ignored(
@@ -296,6 +299,26 @@ ENGINE_ARGUMENTS = _table(
     ),
     refused("there are no diffusion language models here", "dllm_algorithm dllm_algorithm_config"),
     ignored(NO_SESSIONS, "enable_streaming_session"),
+    refused(
+        "`text` and `output_ids` are all there is so far, `delta_text` and `delta_ids` what is new",
+        "incremental_streaming_output stream_output",
+    ),
+    refused(FCFS, "schedule_policy", off="fcfs"),
+    refused(FCFS, "default_priority_value enable_priority_scheduling"),
+    ignored(
+        FCFS,
+        """
+        abort_on_priority_when_disabled disable_priority_preemption
+        priority_scheduling_preemption_threshold schedule_low_priority_values_first
+        """,
+    ),
+    ignored(
+        "pages are given as they are needed, and who runs may be preempted and recomputed",
+        "schedule_conservativeness",
+    ),
+    refused("calls may always queue", "max_queued_requests"),
+    ignored("equal prefixes are always shared; results are the same", "disable_radix_cache"),
+    refused("memory is released by `shutdown` alone", "enable_memory_saver"),
     ignored(
         "a checkpoint is a folder of safetensors or a GGUF file, mapped into memory and kept",
         """
@@ -333,8 +356,9 @@ ENGINE_ARGUMENTS = _table(
 GENERATE_ARGUMENTS = _table(
     honoured(
         """
-        input_ids logprob_start_len prompt return_logprob return_text_in_logprobs rid
-        sampling_params stream token_ids_logprob top_logprobs_num
+        custom_logit_processor input_embeds input_ids logprob_start_len prompt return_hidden_states
+        return_logprob return_prompt_token_ids return_text_in_logprobs rid sampling_params stream
+        token_ids_logprob top_logprobs_num
         """
     ),
     ignored("no trace is kept, and nothing is routed", "external_trace_header kv_router_hint"),
@@ -350,6 +374,8 @@ GENERATE_ARGUMENTS = _table(
     refused(NO_PD, "bootstrap_host bootstrap_port bootstrap_room disagg_prefill_dp_rank"),
     refused(ONE_DEVICE, "data_parallel_rank routed_dp_rank"),
     refused(NO_SESSIONS, "session_id session_params"),
+    refused(FCFS, "priority"),
+    refused("equal prefixes are shared by everyone", "cache_salt extra_key"),
     refused(
         "a sampler can do it: see `jaxengine.sampling`", "max_thinking_tokens require_reasoning"
     ),
@@ -365,12 +391,11 @@ SAMPLING_PARAMETERS = _table(
         """
         frequency_penalty ignore_eos logit_bias max_new_tokens min_new_tokens min_p n no_stop_trim
         presence_penalty repetition_penalty skip_special_tokens spaces_between_special_tokens stop
-        stop_token_ids temperature top_k top_p
+        stop_regex stop_token_ids stream_interval temperature top_k top_p
         """
     ),
-    mapped(sampling_seed="seed"),
+    mapped(custom_params="custom", sampling_seed="seed"),
     refused(NO_GRAMMAR, "ebnf json_schema regex structural_tag"),
     refused("beam search is not there", "beam_width"),
-    refused("a transform's parameters go beside the others, by name", "custom_params"),
 )
 """Every sampling parameter of SGLang."""

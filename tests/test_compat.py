@@ -14,7 +14,7 @@ from jaxengine.compat import ENGINE_ARGUMENTS, GENERATE_ARGUMENTS, SAMPLING_PARA
 from jaxengine.config import EngineConfig
 from jaxengine.errors import ConfigError, RequestError
 from jaxengine.params import SamplingParams, parse_sampling_params
-from jaxengine.requests import parse_call
+from jaxengine.requests import _warn_once, parse_call
 from jaxengine.types import Param
 
 FIELDS = {f.name for f in dataclasses.fields(EngineConfig)} - {"ignored"}
@@ -85,7 +85,7 @@ def test_refused_arguments_are_refused_unless_they_ask_for_nothing(
         known = ENGINE_ARGUMENTS[name]
         for off in (None, False, 0, "", [], {}, known.off):
             assert EngineConfig.from_kwargs({name: off}).ignored == (name,)
-        for value in (True, 2, "something", [1], {"a": 1}):
+        for value in (True, 2, "something", ["x"], {"a": 1}):
             with pytest.raises(ConfigError, match=f"`{name}` is not supported: ") as caught:
                 EngineConfig.from_kwargs({name: value})
             assert known.why in str(caught.value)
@@ -121,6 +121,8 @@ def test_ignored_arguments_of_generate_warn(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.WARNING, logger="jaxengine")
     for name in with_fate(GENERATE_ARGUMENTS, "ignored"):
         caplog.clear()
+        _warn_once.cache_clear()  # once a process
+        call(**{name: "anything"})
         call(**{name: "anything"})
         assert caplog.messages == [f"`{name}` is ignored: {GENERATE_ARGUMENTS[name].why}."]
 
@@ -128,7 +130,7 @@ def test_ignored_arguments_of_generate_warn(caplog: pytest.LogCaptureFixture):
 def assert_refused(known: Name, name: str, ask: Any) -> None:
     for off in (None, False, 0, "", [], {}, [None]):
         ask(**{name: off})
-    for value in (True, 2, "something", [1], {"a": 1}):
+    for value in (True, 2, "something", ["x"], {"a": 1}):
         with pytest.raises(RequestError, match=f"`{name}`.* is not supported: ") as caught:
             ask(**{name: value})
         assert known.why in str(caught.value)
@@ -151,7 +153,9 @@ VALUES = {
     "min_new_tokens": 2,
     "n": 3,
     "stop": ("x",),
+    "stop_regex": ("x+",),
     "stop_token_ids": (4,),
+    "stream_interval": 3,
     "top_k": 5,
 }
 
@@ -167,7 +171,10 @@ def test_honoured_sampling_parameters_arrive(name: str):
 
 @pytest.mark.parametrize("name", with_fate(SAMPLING_PARAMETERS, "mapped"))
 def test_mapped_sampling_parameters_arrive_as_ours(name: str):
-    assert getattr(sampling(**{name: 11}), SAMPLING_PARAMETERS[name].target) == 11
+    target = SAMPLING_PARAMETERS[name].target
+    value = {"top_p": 0.5} if target == "custom" else 11
+    got = sampling(**{name: value})
+    assert got.top_p == 0.5 if target == "custom" else getattr(got, target) == 11
 
 
 @pytest.mark.parametrize("name", with_fate(SAMPLING_PARAMETERS, "refused"))

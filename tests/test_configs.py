@@ -17,23 +17,6 @@ def test_preset_loads(path: Path):
     assert config != EngineConfig()
 
 
-def test_unknown_setting_names_the_nearest():
-    with pytest.raises(TypeError, match="`max_runing_requests`; did you mean `max_running_req"):
-        EngineConfig.from_kwargs({"max_runing_requests": 3})
-
-
-def test_sglang_setting_without_meaning_is_ignored_with_a_warning(caplog):
-    config = EngineConfig.from_kwargs({"port": 30000, "cuda_graph_max_bs": 4})
-    assert config.ignored == ("port", "cuda_graph_max_bs")
-    assert "`port` has no meaning in jaxengine" in caplog.text
-
-
-def test_setting_that_would_change_results_is_refused():
-    with pytest.raises(ConfigError, match="`tp_size` is not supported"):
-        EngineConfig.from_kwargs({"tp_size": 2})
-    EngineConfig.from_kwargs({"tp_size": 1})
-
-
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

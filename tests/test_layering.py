@@ -16,7 +16,7 @@ ALLOWED = {
     "errors": set(),
     "log": set(),
     "types": {"errors"},
-    "params": {"errors", "log", "types"},
+    "params": {"compat", "errors", "log", "types"},
     "compat": set(),
     "config": {"compat", "errors", "log", "types"},
     "utils": BASE,

@@ -121,7 +121,7 @@ BAD_CALLS = [
         {"prompt": ["a"], "return_logprob": [True] * 2},
         "`return_logprob` has 2 entries for 1 prompts",
     ),
-    ({"prompt": "a", "lora_path": "x"}, "`lora_path` is not supported by jaxengine yet"),
+    ({"prompt": "a", "lora_path": "x"}, "`lora_path` is not supported: LoRA"),
     ({"prompt": "a", "image_data": np.ones(3)}, "`image_data` is not supported"),
 ]
 
@@ -137,7 +137,6 @@ def test_defaults_of_unsupported_arguments_are_accepted():
         ["a", "b"],
         image_data=None,
         lora_path=[None, None],
-        token_ids_logprob=[],
         session_params=None,
         priority=None,
     ).requests
