@@ -30,6 +30,16 @@ MAX_SHOWN_ERRORS = 20
 """Of these a dry run tells what is wrong; the others are counted."""
 
 
+HARMLESS = frozenset(
+    """
+    cache_dir chunked_prefill_size decode_buckets download_dir executable_cache log_level
+    max_running_requests max_total_tokens max_window_steps mem_fraction_static page_size
+    prefill_buckets progress served_model_name
+    """.split()
+)
+"""Settings of an engine that may differ from run to run of a job: they change no distribution."""
+
+
 class Output(Protocol):
     """Where results go."""
 
@@ -93,7 +103,11 @@ def run(
         if not is_piped:
             held = locked(target, is_folder=is_folder, overwrite=config.overwrite)
             sidecar = stack.enter_context(held)
-        job = {"model": model_identity(folder) if folder else None, **config.identity()}
+        job = {
+            "model": model_identity(folder) if folder else None,
+            "engine": {k: v for k, v in (engine_settings or {}).items() if k not in HARMLESS},
+            **config.identity(),
+        }
         decided = _decide(job, config, sidecar)
         keys = stack.enter_context(contextlib.closing(Keys()))
         report = Report(output=None if is_piped else str(target))
@@ -303,13 +317,13 @@ def _model_folder(engine: Any, model_path: str) -> Path | None:
 
 
 def _resolve(config: EngineConfig) -> Path:
-    from jaxengine.build import resolve_folder  # brings jax, which a command's --help does not need
+    from jaxengine.locate import locate  # brings jax, which a command's --help does not need
 
-    return resolve_folder(config)
+    return locate(config)
 
 
 def _model_config(folder: Path) -> ModelConfig:
-    from jaxengine.build import read_model_config
+    from jaxengine.locate import read_model_config
 
     return read_model_config(folder)
 

@@ -19,15 +19,20 @@ SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 
 
 def model_identity(folder: Path) -> str:
-    """A hash that two checkpoints share when they are the same model, wherever they lie."""
+    """A hash that two checkpoints share when they are the same model, wherever they lie.
+
+    Args:
+      folder: The checkpoint; a single file for formats that are one.
+    """
     digest = hashlib.sha256()
     names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
     for name in names:
         path = folder / name
         digest.update(path.read_bytes() if path.exists() else b"-")
-    for path in sorted(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
+    for path in weights:
         size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
+        digest.update(f"{size}".encode())
         with path.open("rb") as file:
             for i in range(SAMPLES):
                 file.seek(i * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
