@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,9 @@ def merged_arguments(
     """
     own = arguments_of(item)
     arguments = {"seed_key": place, **common, **own}
-    params = common.get("sampling_params"), own.get("sampling_params")
-    if all(isinstance(given, Mapping) for given in params):
-        arguments["sampling_params"] = {**params[0], **params[1]}
+    of_all, its_own = common.get("sampling_params"), own.get("sampling_params")
+    if isinstance(of_all, Mapping) and isinstance(its_own, Mapping):
+        arguments["sampling_params"] = {**of_all, **its_own}
     others = {k: arguments.pop(k) for k in [*arguments] if k not in {*defaults, "seed_key"}}
     return {**defaults, **arguments, "stream": False, "others": others}
 
@@ -130,7 +130,7 @@ async def aimap(
         flight.close()
 
 
-async def _each(items: Any) -> AsyncIterator[Any]:
+async def _each(items: Any) -> AsyncGenerator[Any]:
     if hasattr(items, "__aiter__"):
         async for item in items:
             yield item

@@ -32,10 +32,10 @@ def _message(i: int, message: Any) -> dict[str, Any]:
         raise RequestError(f"Message {i} must be a dict with a `role`, got {message!r}.")
     content = message.get("content")
     if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, Mapping)]
-        if len(parts) != len(content) or not all(isinstance(part, str) for part in parts):
+        texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+        if any(not isinstance(text, str) for text in texts):
             raise RequestError(f"`content` of message {i} may hold text parts only.")
-        content = "".join(parts)
+        content = "".join(map(str, texts))
     if not isinstance(content, str):
         raise RequestError(f"`content` of message {i} must be a text, got {content!r}.")
     try:

@@ -1,6 +1,6 @@
 """OpenAI's completion objects: requests to arguments of `generate`, outputs back. No web here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxengine.errors import RequestError
@@ -117,7 +117,7 @@ def parse(url: str, body: Any, tokenizer: Any) -> Request:
 
 
 def answer(
-    request: Request, outputs: list[Mapping[str, Any]], *, id: str, created: int, model: str
+    request: Request, outputs: Sequence[Mapping[str, Any]], *, id: str, created: int, model: str
 ) -> dict[str, Any]:
     """The whole answer to a request, from its samples' outputs."""
     is_chat = request.url == CHAT
@@ -177,7 +177,7 @@ def chunk(
     return {**head, "choices": [choice]}
 
 
-def usage(outputs: list[Mapping[str, Any]]) -> dict[str, Any]:
+def usage(outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Tokens of a request; its prompt counts once, whatever the number of samples."""
     metas = [output["meta_info"] for output in outputs]
     prompt = metas[0]["prompt_tokens"] if metas else 0

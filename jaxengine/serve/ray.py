@@ -25,7 +25,7 @@ from jaxengine.serve.batch.config import BatchConfig
 from jaxengine.serve.batch.parts import schema_of, table_of
 from jaxengine.serve.batch.read import Record
 from jaxengine.serve.batch.results import ResultWriter
-from jaxengine.serve.batch.rows import RowReader, passed_fields
+from jaxengine.serve.batch.rows import RowReader, max_tokens, passed_fields
 
 ENGINE_ACTORS: dict[str, Any] = {"max_concurrency": 4}
 """Options of the actors: batches that overlap in one, so that no engine waits for a last row."""
@@ -58,11 +58,10 @@ class Generate:
 
     async def __call__(self, batch: Any) -> AsyncIterator[Any]:
         """Gives the batch's results, as one table, when all of them are there."""
-        limits = self._engine.stats()["max_total_tokens"], self._engine.config.context_length
         reader = RowReader(
             self._config,
             self._engine.tokenizer,
-            min(limits),
+            max_tokens(self._engine),
             _NoKeys(),
             self._params,
             is_typed=True,

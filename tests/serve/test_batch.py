@@ -194,7 +194,7 @@ def test_shards_and_order_change_no_sample(tmp_path: Path, source: Path):
     for i in range(3):
         report = run(source, tmp_path / "out.jsonl", shard=batch.Shard(i, 3))
         assert report.output == str(tmp_path / f"out-0000{i}-of-00003.jsonl")
-        part = by_id(Path(report.output))
+        part = by_id(tmp_path / f"out-0000{i}-of-00003.jsonl")
         assert len(part) == report.num_rows
         assert not part.keys() & parts.keys()
         parts |= part

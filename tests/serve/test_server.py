@@ -219,8 +219,8 @@ def test_guards_hold(demo: Any):
         large = json.dumps({"prompt": "a" * 2000}).encode()
         assert request(address, "POST", "/v1/completions", large, **key)[0] == 413
         chunked = {**key, "Transfer-Encoding": "chunked"}
-        body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(large), large)
-        assert request(address, "POST", "/v1/completions", body, **chunked)[0] == 413
+        pieces = b"%x\r\n%s\r\n0\r\n\r\n" % (len(large), large)
+        assert request(address, "POST", "/v1/completions", pieces, **chunked)[0] == 413
         statuses = [request(address, "GET", "/v1/models", **key)[0] for _ in range(10)]
         assert statuses.count(200) >= 1
         assert statuses[-1] == 429

@@ -22,7 +22,7 @@ from jaxengine.serve.batch.lines import LineFile, StandardOutput
 from jaxengine.serve.batch.parts import PartFolder
 from jaxengine.serve.batch.read import count, format_of, parquet_files, read
 from jaxengine.serve.batch.results import ResultWriter, key_of
-from jaxengine.serve.batch.rows import SEEDS, Row, RowReader, passed_fields
+from jaxengine.serve.batch.rows import SEEDS, Row, RowReader, max_tokens, passed_fields
 from jaxengine.serve.batch.sidecar import Sidecar, locked, model_identity
 from jaxengine.text.tokenizer import load_tokenizer
 
@@ -219,9 +219,9 @@ class _Job:
 
     def _items(self, source: str, bar: Progress) -> Iterator[Any]:
         """What the engine is given; a bad row is an exception in its place."""
-        limits = self._engine.stats()["max_total_tokens"], self._engine.config.context_length
+        engine = self._engine
         reader = _row_reader(
-            source, self._config, self._engine.tokenizer, min(limits), self._keys, self._params
+            source, self._config, engine.tokenizer, max_tokens(engine), self._keys, self._params
         )
         place = itertools.count()
         for row in reader.read(_records(source, self._config)):

@@ -25,7 +25,7 @@ class ResultWriter:
         error = None
         if isinstance(result, Exception):
             error = {"type": type(result).__name__, "message": str(result), "line": row.line}
-        outputs = [] if error else result if isinstance(result, list) else [result]
+        outputs: list[Any] = [] if error else result if isinstance(result, list) else [result]
         if row.is_openai:
             return self._openai(row, outputs, error)
         own: dict[str, Any] = dict.fromkeys(("text", "finish_reason", "seed", "usage"))

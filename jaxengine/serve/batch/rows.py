@@ -21,6 +21,11 @@ SEEDS = ("seed", "sampling_seed")
 DEFAULT_MAX_NEW_TOKENS = 128
 
 
+def max_tokens(engine: Any) -> int:
+    """Longest prompt and output together that an engine takes."""
+    return min(engine.config.context_length, engine.stats()["max_total_tokens"])
+
+
 class Counts(Protocol):
     """Tells repeated ids apart."""
 
