@@ -62,7 +62,7 @@ class Forward:
         *,
         num_tokens: int,
         num_pages: int,
-    ) -> tuple[DeviceState, Float[Array, "R V"], Float[Array, "R D"], Float[Array, "T D"]]:
+    ) -> tuple[DeviceState, Float[Array, "B V"], Float[Array, "B D"], Float[Array, "T D"]]:
         """Runs packed chunks of several prompts.
 
         Args:
@@ -74,7 +74,8 @@ class Forward:
 
         Returns:
           The new state, in which rows that draw stand before their first token; logits and
-          hidden state of every row's last token; hidden states of all tokens.
+          hidden state of every row's last token, padded to `Buckets.split_rows`; hidden states of
+          all tokens.
         """
         plan = batch.prefill_packing(self.buckets, num_tokens).unpack(packed)
         state = self.edit(state, plan)
@@ -84,8 +85,9 @@ class Forward:
         state = dataclasses.replace(
             state, slots=self.layout.write(state.slots, drawing, cursor._asdict())
         )
-        model = self.model.bind(params)
-        return state, model.logits(hidden[last], self.ctx), hidden[last], hidden
+        last = jnp.pad(last, (0, self.buckets.split_size(len(last)) - len(last)))
+        logits = self.model.bind(params).logits(hidden[last], self.ctx)
+        return state, logits, hidden[last], hidden
 
     def decode(
         self,

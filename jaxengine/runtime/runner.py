@@ -397,7 +397,7 @@ class Runner:
             drawn += self._draw(plan, samplers, logits, last, 0)
             return self._handle(plan, drawn, self._score(plan, hidden))
         buckets = self._factory.forward.buckets
-        num_rows = min(rows for rows in buckets.split_rows if rows >= len(plan.rows))
+        num_rows = buckets.split_size(len(plan.rows))
         key = ProgramKey("forward_decode", num_rows, plan.num_pages)
         program = self._program(key, self._factory.forwards)
         packed = self._pack_decode(plan, num_rows)

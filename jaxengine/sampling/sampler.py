@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.sampling.builtin import standard
 from jaxengine.sampling.context import SamplingContext
@@ -204,7 +204,8 @@ def sample(
     inside = ctx.narrowed(sampler.needs.history, stage_arrays)
     outside = ctx.narrowed(sampler.draw.needs.history, draw_arrays)
     every = tuple(each_stage(sampler.stages, state.stages, inside))
-    always = tuple(part for part in every if part[0].is_on is None)
+    filters = tuple(part for part in every if part[0].is_on is None or part[0].is_filter)
+    always = tuple(part for part in filters if part[0].is_on is None)
 
     def draw(parts: Parts, logits: Logits) -> tuple[Sample, SamplerState]:
         processed = _apply(parts, logits)
@@ -238,23 +239,29 @@ def sample(
         )
         return Sample(token, leaves), after
 
-    # Branches return [B] and state only: returning [B, V] through a branch would copy it.
-    paths: list[Callable[[Logits], tuple[Sample, SamplerState]]] = [functools.partial(draw, every)]
-    path = jnp.int32(0)
-    if len(always) < len(every):
-        is_on = functools.reduce(
-            jnp.logical_or, (stage.is_on(c).any() for stage, _, c in every if stage.is_on)
-        )
-        paths.append(functools.partial(draw, always))
-        path = jnp.where(is_on, 0, 1)
+    # A step takes the shortest path that leaves out nothing a row has on. Branches return [B] and
+    # state only: returning [B, V] through a branch would copy it.
+    paths, path = [functools.partial(draw, every)], jnp.int32(0)
+    for shorter, longer in ((filters, every), (always, filters)):
+        if len(shorter) < len(longer):
+            is_enough = ~_is_any_on(every, beside=shorter)
+            path = jnp.where(is_enough, len(paths), path)
+            paths.append(functools.partial(draw, shorter))
     if sampler.draw.is_greedy and all(stage.keeps_order for stage, *_ in always):
         is_random = (~sampler.draw.is_greedy(outside) & ctx.active).any()
+        path = jnp.where((path == len(paths) - 1) & ~is_random, len(paths), path)
         paths.append(draw_greedily)
-        path = jnp.where((path == len(paths) - 2) & ~is_random, len(paths) - 1, path)
     return jax.lax.switch(path, paths, logits)
 
 
 type Parts = tuple[tuple[LogitsTransform, Any, SamplingContext], ...]
+
+
+def _is_any_on(parts: Parts, beside: Parts) -> Bool[Array, ""]:
+    """Whether a row has a conditional stage on that is not among those `beside`."""
+    others = (part for part in parts if not any(part is other for other in beside))
+    is_on = (stage.is_on(ctx).any() for stage, _, ctx in others if stage.is_on)
+    return functools.reduce(jnp.logical_or, is_on)
 
 
 def _apply(parts: Parts, logits: Logits) -> Logits:
