@@ -1,32 +1,25 @@
 """Engine: the public API. Text in and out, in one process, from any thread or event loop."""
 
 import atexit
-import dataclasses
-import itertools
 import os
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from jaxengine import build as builder
 from jaxengine.call import Call
-from jaxengine.channel import Channel
 from jaxengine.config import EngineConfig, ModelConfig
-from jaxengine.errors import PromptTooLongError, RequestError
+from jaxengine.errors import RequestError
 from jaxengine.log import logger
-from jaxengine.outputs import SequenceOutput
-from jaxengine.params import SamplingParams, derive_seed, fresh_seed
-from jaxengine.requests import ParsedCall, PromptRequest, group_size, parse_call
+from jaxengine.requests import group_size, parse_call
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.sampling import as_sampler, default_sampler
-from jaxengine.text.detokenizer import Detokenizer, Vocabulary
-from jaxengine.text.tokenizer import encode, eos_token_ids, load_tokenizer
-from jaxengine.types import MAX_STOP_TOKEN_IDS, SequenceRequest, SequenceUpdate, StopReason
+from jaxengine.sampling.processor import with_processor
+from jaxengine.submit import Submitter
+from jaxengine.text.detokenizer import Vocabulary
+from jaxengine.text.tokenizer import eos_token_ids, load_tokenizer
 from jaxengine.worker import Worker
 
 SHUTDOWN_TIMEOUT_S = 60.0
@@ -82,7 +75,7 @@ class Engine:
         if tokenizer is None and not config.skip_tokenizer_init and params is None:
             folder = config.tokenizer_path or builder.resolve_folder(config)
             self.tokenizer = load_tokenizer(folder, config.trust_remote_code, config.revision)
-        self._vocabulary = Vocabulary(self.tokenizer) if self.tokenizer is not None else None
+        vocabulary = Vocabulary(self.tokenizer) if self.tokenizer is not None else None
         own = default_sampler() if sampler is None else as_sampler(sampler)
         built = builder.build(
             config, own, params=params, model_config=model_config, progress=progress
@@ -91,17 +84,20 @@ class Engine:
         self._limits = built.limits
         self._programs, self._core, self._built_seconds = built.programs, built.core, built.seconds
         self._samplers, self._runner = built.samplers, built.runner
-        self._eos = eos_token_ids(self.tokenizer, self.model_config.eos_token_ids)
-        self._seq_ids = itertools.count()
-        self._rids: dict[str, list[SequenceRequest]] = {}
-        # Reentrant: the garbage collector may drop a Call, which releases ids, inside it.
-        self._rids_lock = threading.RLock()
-        self._seeds = (
-            None if config.random_seed is None else np.random.default_rng(config.random_seed)
-        )
         try:
             self._worker = Worker(built.core, built.runner.release)
-            self._finalizer = weakref.finalize(self, _stop, self._worker, built.programs)
+            self._submitter = Submitter(
+                self._worker,
+                tokenizer=self.tokenizer,
+                vocabulary=vocabulary,
+                eos_token_ids=eos_token_ids(self.tokenizer, self.model_config.eos_token_ids),
+                context_length=built.limits.context_length,
+                max_total_tokens=built.limits.max_total_tokens,
+                random_seed=config.random_seed,
+                stream_interval=config.stream_interval,
+            )
+            # Calls under way hold it, too: the engine stops when nobody wants anything of it.
+            self._finalizer = weakref.finalize(self._submitter, _stop, self._worker, built.programs)
             # Registered after jax's own hook, so it runs before: a thread inside jax at interpreter
             # exit would abort the process. `finalize` may have registered its own hook long ago.
             self._finalizer.atexit = False
@@ -127,7 +123,12 @@ class Engine:
         top_logprobs_num: Any = None,
         token_ids_logprob: Any = None,
         return_text_in_logprobs: bool = False,
+        return_hidden_states: Any = False,
+        hidden_states_format: str = "numpy",
+        return_prompt_token_ids: bool = False,
+        input_embeds: Any = None,
         sampler: Any = None,
+        custom_logit_processor: Any = None,
         capture: Any = None,
         companions: Any = None,
         stream: bool = False,
@@ -152,8 +153,22 @@ class Engine:
           top_logprobs_num: With it, the so many most likely tokens at every place.
           token_ids_logprob: With it, the logprobs of these ids at every place.
           return_text_in_logprobs: Give the tokens' text in these lists.
+          return_hidden_states: Report the model's hidden states in `meta_info["hidden_states"]` of
+            the final output: True, float32 [tokens, hidden] of every token of prompt and output,
+            the last one included, whatever the prefix cache had (it is not used for the prompt);
+            "last", [hidden] of the last token; "mean", [hidden], over all of them. One for all
+            prompts, or a list. They are those after the final norm, unless `hidden_layers` of
+            `EngineConfig` names others; then layers are an axis before the last.
+          hidden_states_format: "sglang" gives its nested lists instead: the prompt's states as
+            the first element, then one an output token, the last of which has none.
+          return_prompt_token_ids: Give the prompt's ids in `prompt_token_ids`.
+          input_embeds: Embeddings [tokens, hidden] instead of ids, numpy or jax; or a list. The
+            prefix cache stays on; what such a prompt computes is found by its own samples only.
           sampler: What turns logits into tokens for this call: a `Sampler`, a transform, a draw, or
             any function `(logits, ctx) -> token`. See `jaxengine.sampling`.
+          custom_logit_processor: A function `(logits, ctx) -> logits` or a transform, put where
+            SGLang has it: after penalties and bias, before the temperature. SGLang's pickled
+            strings are refused: a request is never unpickled.
           capture: Name -> `fn(logits, drawn, ctx) -> array [B, ...]`, traced into the loop; comes
             back in `captures`, a numpy array with a row a token.
           companions: Prompts that are continued in lockstep by the same tokens, for a sampler that
@@ -179,7 +194,12 @@ class Engine:
             top_logprobs_num=top_logprobs_num,
             token_ids_logprob=token_ids_logprob,
             return_text_in_logprobs=return_text_in_logprobs,
+            return_hidden_states=return_hidden_states,
+            hidden_states_format=hidden_states_format,
+            return_prompt_token_ids=return_prompt_token_ids,
+            input_embeds=input_embeds,
             sampler=sampler,
+            custom_logit_processor=custom_logit_processor,
             capture=capture,
             companions=companions,
             stream=stream,
@@ -199,7 +219,12 @@ class Engine:
         top_logprobs_num: Any = None,
         token_ids_logprob: Any = None,
         return_text_in_logprobs: bool = False,
+        return_hidden_states: Any = False,
+        hidden_states_format: str = "numpy",
+        return_prompt_token_ids: bool = False,
+        input_embeds: Any = None,
         sampler: Any = None,
+        custom_logit_processor: Any = None,
         capture: Any = None,
         companions: Any = None,
         stream: bool = False,
@@ -219,7 +244,12 @@ class Engine:
             top_logprobs_num=top_logprobs_num,
             token_ids_logprob=token_ids_logprob,
             return_text_in_logprobs=return_text_in_logprobs,
+            return_hidden_states=return_hidden_states,
+            hidden_states_format=hidden_states_format,
+            return_prompt_token_ids=return_prompt_token_ids,
+            input_embeds=input_embeds,
             sampler=sampler,
+            custom_logit_processor=custom_logit_processor,
             capture=capture,
             companions=companions,
             stream=stream,
@@ -233,9 +263,7 @@ class Engine:
 
         An id that is not in flight is ignored.
         """
-        with self._rids_lock:
-            requests = list(self._rids.get(rid, ()))
-        self._abort(requests)
+        self._submitter.abort(rid)
 
     # -- lifetime
 
@@ -278,6 +306,7 @@ class Engine:
         input_ids: Any,
         *,
         sampler: Any,
+        custom_logit_processor: Any,
         capture: Any,
         companions: Any,
         return_text_in_logprobs: bool,
@@ -285,7 +314,7 @@ class Engine:
         **arguments: Any,
     ) -> Call:
         size = group_size(prompt, input_ids, companions) if companions else 1
-        live = self._live_sampler(sampler, capture, size)
+        live = self._live_sampler(sampler, custom_logit_processor, capture, size)
         parsed = parse_call(
             prompt,
             sampling_params,
@@ -293,189 +322,35 @@ class Engine:
             companions=companions,
             specs=live.steps.sampler.params,
             vocab_size=self.model_config.vocab_size,
+            hidden_size=self.model_config.hidden_size,
             max_top_logprobs=self.config.max_top_logprobs,
             tokenizer=self.tokenizer,
             **arguments,
         )
-        prompt_ids = self._tokenize(parsed)
-        samples = [
-            self._sequence(request, ids, sample, live, is_streaming=stream)
-            for request, ids in zip(parsed.requests, prompt_ids, strict=True)
-            for sample in range(parsed.n)
-        ]
+        samples = self._submitter.sequences(parsed, live, is_streaming=stream)
         # Compiled here, not in the engine's thread: nobody else waits for it.
-        scores = any(sample.logprob_start is not None for sample in samples)
-        self._runner.prepare(live, scores=scores)
-        return self._submit(parsed, samples, stream, has_text=bool(return_text_in_logprobs))
+        self._runner.prepare(
+            live,
+            scores=any(sample.logprob_start is not None for sample in samples),
+            hidden=any(sample.feeds_last for sample in samples),
+            embeds=any(sample.embeds is not None for sample in samples),
+        )
+        return self._submitter.submit(parsed, samples, has_text=bool(return_text_in_logprobs))
 
-    def _live_sampler(self, sampler: Any, capture: Any, group_size: int) -> LiveSampler:
+    def _live_sampler(
+        self, sampler: Any, processor: Any, capture: Any, group_size: int
+    ) -> LiveSampler:
         """The call's sampler bound to this engine; the engine's own when it brings none."""
-        if sampler is None and not capture and group_size == 1:
+        if sampler is None and processor is None and not capture and group_size == 1:
             return self._samplers.own
         chosen = self._samplers.own.steps.sampler if sampler is None else as_sampler(sampler)
+        if processor is not None:
+            chosen = with_processor(chosen, processor)
         if capture:
             if not isinstance(capture, Mapping) or not all(map(callable, capture.values())):
                 raise RequestError("`capture` must map names to functions (logits, drawn, ctx).")
             chosen = chosen._replace(capture={**chosen.capture, **capture})
         return self._samplers.get(chosen, group_size, forget=self._programs.drop)
-
-    def _tokenize(self, parsed: ParsedCall) -> list[np.ndarray]:
-        texts = [r.text for r in parsed.requests if r.text is not None]
-        if not texts:
-            return [r.input_ids for r in parsed.requests if r.input_ids is not None]
-        rows = encode(self.tokenizer, texts)
-        for request, row in zip(parsed.requests, rows, strict=True):
-            if not row:
-                raise RequestError(f"Prompt {request.index} has no tokens: {request.text!r}.")
-        return [np.asarray(row, np.int32) for row in rows]
-
-    def _sequence(
-        self,
-        request: PromptRequest,
-        ids: np.ndarray,
-        sample: int,
-        live: LiveSampler,
-        *,
-        is_streaming: bool,
-    ) -> SequenceRequest:
-        params = request.params
-        stop_ids = tuple(dict.fromkeys((*(params.stop_token_ids or ()), *self._eos)))
-        if len(stop_ids) > MAX_STOP_TOKEN_IDS:
-            raise RequestError(
-                f"`stop_token_ids` of prompt {request.index} and the model's own are "
-                f"{len(stop_ids)} ids; at most {MAX_STOP_TOKEN_IDS} are possible."
-            )
-        if request.logprob_start is not None and request.logprob_start > len(ids):
-            raise RequestError(
-                f"`logprob_start_len` of prompt {request.index} must be at most its length, "
-                f"{len(ids)} tokens, got {request.logprob_start}."
-            )
-        companions = [
-            np.asarray(encode(self.tokenizer, [c])[0], np.int32) if isinstance(c, str) else c
-            for c in request.companions
-        ]
-        longest = max(len(text) for text in (ids, *companions))
-        is_exact = params.seed_mode == "exact"
-        seed = self._seed(params.seed)
-        alone = SequenceRequest(
-            seq_id=next(self._seq_ids),
-            rid=request.rid,
-            prompt_ids=ids,
-            max_new_tokens=self._max_new_tokens(request, longest),
-            min_new_tokens=params.min_new_tokens,
-            stop_token_ids=stop_ids,
-            ignore_eos=params.ignore_eos,
-            seed=seed if is_exact else derive_seed(seed, request.index, sample),
-            values=request.values,
-            sampler_id=live.sampler_id,
-            sampler=live,
-            is_stateful=live.is_stateful,
-            is_streaming=is_streaming,
-            wants_logprobs=request.return_logprob,
-            num_top_logprobs=request.num_top_logprobs,
-            logprob_ids=request.logprob_ids,
-            logprob_start=request.logprob_start,
-        )
-        grouped = tuple(
-            dataclasses.replace(
-                alone, seq_id=next(self._seq_ids), prompt_ids=text, logprob_start=None
-            )
-            for text in companions
-        )
-        return dataclasses.replace(alone, companions=grouped) if grouped else alone
-
-    def _seed(self, seed: int | None) -> int:
-        if seed is not None:
-            return seed
-        return fresh_seed() if self._seeds is None else int(self._seeds.integers(2**63))
-
-    def _max_new_tokens(self, request: PromptRequest, prompt_len: int) -> int:
-        """The limit after clipping to the context and to the pool, as SGLang clips it."""
-        context, pool = self._limits.context_length, self._limits.max_total_tokens
-        asked = request.params.max_new_tokens
-        where = f"Prompt {request.index} has {prompt_len:,} tokens"
-        if prompt_len >= context:
-            raise PromptTooLongError(
-                f"{where}; `context_length` is {context:,} and must hold at least one more. "
-                "Shorten it, or raise `context_length` if the model allows."
-            )
-        if prompt_len >= pool:
-            raise PromptTooLongError(
-                f"{where}; the KV pages hold {pool:,} in all. "
-                "Shorten it, or raise `max_total_tokens` or `mem_fraction_static`."
-            )
-        room = min(context, pool) - prompt_len
-        return room if asked is None else min(asked, room)
-
-    def _submit(
-        self, parsed: ParsedCall, samples: list[SequenceRequest], stream: bool, *, has_text: bool
-    ) -> Call:
-        channel = Channel()
-        by_prompt = itertools.chain.from_iterable(
-            itertools.repeat(request, parsed.n) for request in parsed.requests
-        )
-        outputs = [
-            SequenceOutput(
-                sample,
-                channel,
-                index=index,
-                detokenizer=self._detokenizer(request.params),
-                has_stop_strings=bool(request.params.stop),
-                decode=self._decode if has_text and self.tokenizer is not None else None,
-                weight_version="default",
-            )
-            for index, (request, sample) in enumerate(zip(by_prompt, samples, strict=True))
-        ]
-        self._claim_rids(samples)
-        # Made before anything is queued: from here on whatever goes wrong, Ctrl-C too, aborts it.
-        call = Call(
-            channel,
-            samples,
-            is_single=parsed.is_single,
-            abort=self._abort,
-            release=self._release_rids,
-        )
-        try:
-            self._worker.submit(list(zip(samples, outputs, strict=True)))
-        except BaseException:
-            call.close()
-            raise
-        return call
-
-    def _decode(self, token_id: int) -> str:
-        return self.tokenizer.decode([token_id])
-
-    def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
-        if self._vocabulary is None:
-            return None
-        return Detokenizer(
-            self._vocabulary,
-            stop=tuple(params.stop or ()),
-            skip_special_tokens=params.skip_special_tokens,
-            spaces_between_special_tokens=params.spaces_between_special_tokens,
-            no_stop_trim=params.no_stop_trim,
-        )
-
-    def _claim_rids(self, samples: list[SequenceRequest]) -> None:
-        with self._rids_lock:
-            for sample in samples:
-                if sample.rid in self._rids:
-                    raise RequestError(
-                        f"`rid` {sample.rid!r} is already in flight; choose another."
-                    )
-            for sample in samples:
-                self._rids.setdefault(sample.rid, []).append(sample)
-
-    def _release_rids(self, samples: list[SequenceRequest]) -> None:
-        with self._rids_lock:
-            for sample in samples:
-                # By then the id may be another call's.
-                if sample in self._rids.get(sample.rid, ()):
-                    del self._rids[sample.rid]
-
-    def _abort(self, requests: list[SequenceRequest]) -> None:
-        for request in requests:
-            self._worker.finish(SequenceUpdate(request.seq_id, [], finish=StopReason("abort")))
 
 
 def _stop(worker: Worker, programs: Any) -> None:

@@ -33,20 +33,20 @@ ALLOWED = {
     "requests": BASE,
     "call": BASE | {"channel"},
     "channel": BASE,
-    "outputs": BASE | {"channel", "text"},
+    "hidden": BASE,
+    "outputs": BASE | {"channel", "hidden", "text"},
     "worker": BASE | {"channel", "core", "outputs", "text"},
+    "submit": BASE
+    | {"call", "channel", "hidden", "outputs", "requests", "runtime.samplers", "text", "worker"},
     "engine": BASE
     | {
         "build",
         "call",
-        "channel",
-        "core",
-        "outputs",
         "requests",
         "runtime.samplers",
         "sampling",
+        "submit",
         "text",
-        "utils",
         "worker",
     },
     "serve": BASE | {"api", "build.convert", "sampling", "utils"},
@@ -57,6 +57,7 @@ ALLOWED = {
 HOST_ONLY = BASE | {
     "call",
     "channel",
+    "hidden",
     "outputs",
     "requests",
     "scheduler",
