@@ -1,5 +1,6 @@
 """What XLA makes of the real prefill and decode steps for an H200, on a machine without one."""
 
+import functools
 import re
 
 import jax
@@ -54,8 +55,10 @@ CONFIG = ModelConfig(
 )
 
 
+MESH = functools.cache(lambda: make_mesh(list(deviceless.mesh().devices.flat)))
+
+
 def bound(sampler: Sampler, size: int) -> tuple[ProgramFactory, SamplerSteps]:
-    mesh = make_mesh(list(deviceless.mesh().devices.flat))
     model = BoundModel(MODELS[CONFIG.architecture], CONFIG, jnp.dtype(jnp.bfloat16))
     buckets = Buckets(
         decode_rows=(size,),
@@ -69,16 +72,16 @@ def bound(sampler: Sampler, size: int) -> tuple[ProgramFactory, SamplerSteps]:
         model=model,
         layout=slot_layout(PAGES_PER_SEQUENCE),
         buckets=buckets,
-        ctx=ForwardContext(mesh=mesh, kernels="triton"),
+        ctx=ForwardContext(mesh=MESH(), kernels="triton"),
         num_top=20,
     )
     kv_dtype = jnp.dtype(jnp.bfloat16)
-    factory = ProgramFactory(forward, weights.place(model, mesh), mesh, NUM_PAGES, kv_dtype)
+    factory = ProgramFactory(forward, weights.place(model, MESH()), MESH(), NUM_PAGES, kv_dtype)
     return factory, SamplerSteps.bind(forward, sampler)
 
 
 def compiled(spec: ProgramSpec, **options: str) -> jax.stages.Compiled:
-    with jax.sharding.use_abstract_mesh(deviceless.mesh().abstract_mesh):
+    with jax.sharding.use_abstract_mesh(MESH().abstract_mesh):
         return spec.lower().compile({**spec.options, **options})
 
 
