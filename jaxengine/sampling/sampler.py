@@ -225,8 +225,7 @@ def sample(
         drawn = Drawn(
             token, token_logprob(processed, token), token_logprob(logits, token), processed
         )
-        unfiltered = functools.partial(_apply, _before_filters(parts))
-        leaves = _logprobs(wants, ctx, logits, unfiltered, processed, token)
+        leaves = _logprobs(wants, ctx, logits, parts, token)
         leaves |= {"aux": aux} if jax.tree.leaves(aux) else {}
         for name, function in sampler.capture.items():
             captured = call(function, logits, drawn, outside)
@@ -308,28 +307,26 @@ def _push(history: Int[Array, "B H"] | None, token: Int[Array, " B"]) -> Array |
 
 
 def _logprobs(
-    wants: Wants,
-    ctx: SamplingContext,
-    logits: Logits,
-    unfiltered: Callable[[Logits], Logits],
-    processed: Logits,
-    token: Int[Array, " B"],
+    wants: Wants, ctx: SamplingContext, logits: Logits, parts: Parts, token: Int[Array, " B"]
 ) -> dict[str, Array]:
     """Of the token by all three measures, and of the most likely and of given ids by SGLang's.
 
-    SGLang's is after penalties, bias and temperature and before the filters. The logits for it are
-    made anew from the raw ones: nothing is kept for it when nobody asks.
+    SGLang's is after penalties, bias and temperature and before the filters. What the parts make of
+    the logits is made anew: a branch that took it would have it kept when nobody asks.
     """
+
+    def unfiltered() -> Logits:
+        return _apply(_before_filters(parts), logits)
 
     def of_token(_: None) -> dict[str, Array]:
         return {
-            "logprob": token_logprob(unfiltered(logits), token),
+            "logprob": token_logprob(unfiltered(), token),
             "raw_logprob": token_logprob(logits, token),
-            "processed_logprob": token_logprob(processed, token),
+            "processed_logprob": token_logprob(_apply(parts, logits), token),
         }
 
     def of_lists(_: None) -> dict[str, Array]:
-        return listed_logprobs(unfiltered(logits), wants)
+        return listed_logprobs(unfiltered(), wants)
 
     return {
         **jax.lax.cond(
