@@ -22,7 +22,6 @@ from jaxengine.sampling import (
     Param,
     Sampler,
     chain,
-    default_sampler,
     detect_watermark,
     dry,
     forced_tokens,
@@ -411,9 +410,13 @@ def test_engine_with_a_sampler_of_its_own(make_engine: Any):
         input_ids=PROMPT, sampling_params={"max_new_tokens": 20, "ignore_eos": True}
     )
     tiny.assert_greedy(PROMPT, ids(output))
-    # And the usual chain for a single call.
-    output = engine.generate(input_ids=PROMPT, sampling_params=GREEDY, sampler=default_sampler())
-    tiny.assert_greedy(PROMPT, ids(output))
+    # And another for a single call.
+    output = engine.generate(
+        input_ids=PROMPT,
+        sampling_params={"max_new_tokens": 5, "ignore_eos": True},
+        sampler=lambda logits, ctx: 0 * ctx.position + 7,
+    )
+    assert ids(output) == [7] * 5
 
 
 def test_mirostat_meets_its_target(engine: Any):
