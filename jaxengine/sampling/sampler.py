@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -225,8 +225,7 @@ def sample(
         drawn = Drawn(
             token, token_logprob(processed, token), token_logprob(logits, token), processed
         )
-        leaves = _logprobs(wants, ctx, logits, parts, token)
-        leaves |= {"aux": aux} if jax.tree.leaves(aux) else {}
+        leaves = {"aux": aux} if jax.tree.leaves(aux) else {}
         for name, function in sampler.capture.items():
             captured = call(function, logits, drawn, outside)
             require_rows(function, captured, logits.shape[:1], f"the capture `{name}`")
@@ -240,17 +239,19 @@ def sample(
 
     # A step takes the shortest path that leaves out nothing a row has on. Branches return [B] and
     # state only: returning [B, V] through a branch would copy it.
-    paths, path = [functools.partial(draw, every)], jnp.int32(0)
-    for shorter, longer in ((filters, every), (always, filters)):
-        if len(shorter) < len(longer):
-            is_enough = ~_is_any_on(every, beside=shorter)
-            path = jnp.where(is_enough, len(paths), path)
-            paths.append(functools.partial(draw, shorter))
+    choices, choice = [every], jnp.int32(0)
+    for shorter in (filters, always):
+        if len(shorter) < len(choices[-1]):
+            choice = jnp.where(_is_any_on(every, beside=shorter), choice, len(choices))
+            choices.append(shorter)
+    paths, path = [functools.partial(draw, parts) for parts in choices], choice
     if sampler.draw.is_greedy and all(stage.keeps_order for stage, *_ in always):
         is_random = (~sampler.draw.is_greedy(outside) & ctx.active).any()
-        path = jnp.where((path == len(paths) - 1) & ~is_random, len(paths), path)
+        path = jnp.where((choice == len(choices) - 1) & ~is_random, len(paths), choice)
         paths.append(draw_greedily)
-    return jax.lax.switch(path, paths, logits)
+    drawn, after = jax.lax.switch(path, paths, logits)
+    logprobs = _logprobs(wants, ctx, logits, choices, choice, drawn.token)
+    return drawn._replace(leaves={**logprobs, **drawn.leaves}), after
 
 
 type Parts = tuple[tuple[LogitsTransform, Any, SamplingContext], ...]
@@ -307,32 +308,41 @@ def _push(history: Int[Array, "B H"] | None, token: Int[Array, " B"]) -> Array |
 
 
 def _logprobs(
-    wants: Wants, ctx: SamplingContext, logits: Logits, parts: Parts, token: Int[Array, " B"]
+    wants: Wants,
+    ctx: SamplingContext,
+    logits: Logits,
+    choices: Sequence[Parts],
+    choice: Int[Array, ""],
+    token: Int[Array, " B"],
 ) -> dict[str, Array]:
     """Of the token by all three measures, and of the most likely and of given ids by SGLang's.
 
     SGLang's is after penalties, bias and temperature and before the filters. What the parts make of
     the logits is made anew: a branch that took it would have it kept when nobody asks.
     """
+    unfiltered = [_before_filters(parts) for parts in choices]
+    prefixes = {len(parts): parts for parts in unfiltered}  # of the same length: the same parts
+    place = jnp.asarray([list(prefixes).index(len(parts)) for parts in unfiltered])
 
-    def unfiltered() -> Logits:
-        return _apply(_before_filters(parts), logits)
-
-    def of_token(_: None) -> dict[str, Array]:
+    def of_token(before: Parts, parts: Parts) -> dict[str, Array]:
         return {
-            "logprob": token_logprob(unfiltered(), token),
+            "logprob": token_logprob(_apply(before, logits), token),
             "raw_logprob": token_logprob(logits, token),
             "processed_logprob": token_logprob(_apply(parts, logits), token),
         }
 
-    def of_lists(_: None) -> dict[str, Array]:
-        return listed_logprobs(unfiltered(), wants)
+    def of_lists(before: Parts) -> dict[str, Array]:
+        return listed_logprobs(_apply(before, logits), wants)
 
+    def wanted(rows: Bool[Array, " B"], index: Array, ways: list[Any], nothing: Any) -> Any:
+        index = jnp.where((rows & ctx.active).any(), index, len(ways))
+        return jax.lax.switch(index, [*ways, lambda: nothing])
+
+    by_token = [
+        functools.partial(of_token, *pair) for pair in zip(unfiltered, choices, strict=True)
+    ]
+    by_lists = [functools.partial(of_lists, parts) for parts in prefixes.values()]
     return {
-        **jax.lax.cond(
-            (wants.token & ctx.active).any(), of_token, lambda _: no_token_logprobs(token), None
-        ),
-        **jax.lax.cond(
-            (wants.lists & ctx.active).any(), of_lists, lambda _: no_listed_logprobs(wants), None
-        ),
+        **wanted(wants.token, choice, by_token, no_token_logprobs(token)),
+        **wanted(wants.lists, place[choice], by_lists, no_listed_logprobs(wants)),
     }
