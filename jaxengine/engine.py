@@ -10,9 +10,18 @@ from typing import Any
 
 from jaxengine import build as builder
 from jaxengine.call import Call
+from jaxengine.chat import render
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.errors import RequestError
 from jaxengine.log import logger
+from jaxengine.pooling import (
+    ONE_STEP,
+    ScoreResult,
+    check_encode,
+    read_embeddings,
+    read_scores,
+    score_prompts,
+)
 from jaxengine.requests import group_size, parse_call
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.sampling import as_sampler, default_sampler
@@ -296,6 +305,169 @@ class Engine:
             "programs": self._programs.stats(),
             "max_total_tokens": self._limits.max_total_tokens,
         }
+
+    # -- prompts that are read, and conversations
+
+    def encode(
+        self,
+        prompt: Any = None,
+        input_ids: Any = None,
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        **others: Any,
+    ) -> Any:
+        """Gives embeddings of prompts, by the same model that generates.
+
+        Args:
+          prompt: A text, or a list of texts.
+          input_ids: Token ids instead.
+          pooling: "last", the hidden state of the last token, or "mean", over all tokens. For the
+            first, beginnings that prompts share are computed once.
+          normalize: Scales the embedding to length 1.
+          dimensions: Keeps so many of its first entries, before that.
+          **others: Of `generate`, such as `rid`.
+
+        Returns:
+          `{"embedding": float32 [hidden], "meta_info": {...}}` (SGLang: a list of floats), or a
+          list of these.
+
+        Raises:
+          RequestError: For a bad argument.
+        """
+        check_encode(pooling, dimensions, self.model_config.hidden_size)
+        asked = {"return_hidden_states": pooling, "sampler": default_sampler(), **others}
+        outputs = self.generate(prompt, ONE_STEP, input_ids, **asked)
+        return read_embeddings(outputs, normalize=normalize, dimensions=dimensions)
+
+    async def async_encode(
+        self,
+        prompt: Any = None,
+        input_ids: Any = None,
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        **others: Any,
+    ) -> Any:
+        """`encode` for coroutines."""
+        check_encode(pooling, dimensions, self.model_config.hidden_size)
+        asked = {"return_hidden_states": pooling, "sampler": default_sampler(), **others}
+        outputs = await self.async_generate(prompt, ONE_STEP, input_ids, **asked)
+        return read_embeddings(outputs, normalize=normalize, dimensions=dimensions)
+
+    def score(
+        self,
+        query: Any = None,
+        items: Any = None,
+        label_token_ids: Any = None,
+        apply_softmax: bool = False,
+        item_first: bool = False,
+    ) -> ScoreResult:
+        """Gives each item's probabilities of some tokens to come next.
+
+        The query is computed once, where it comes first: the prefix cache has it for all items.
+
+        Args:
+          query: A text, or token ids.
+          items: A text or a list of texts, or a list of lists of ids; each joins the query, as one
+            text.
+          label_token_ids: The tokens to score; at most 64.
+          apply_softmax: Probabilities among these tokens, which sum to 1, instead of among all.
+          item_first: The item stands before the query.
+
+        Returns:
+          A list of one list of probabilities an item, also its `scores`, with `prompt_tokens`.
+
+        Raises:
+          RequestError: For a mix of texts and ids, or a label outside the vocabulary.
+        """
+        asked = score_prompts(query, items, label_token_ids, item_first)
+        outputs = self.generate(
+            sampling_params=ONE_STEP, return_logprob=True, sampler=default_sampler(), **asked
+        )
+        return read_scores(outputs, apply_softmax=apply_softmax)
+
+    async def async_score(
+        self,
+        query: Any = None,
+        items: Any = None,
+        label_token_ids: Any = None,
+        apply_softmax: bool = False,
+        item_first: bool = False,
+    ) -> ScoreResult:
+        """`score` for coroutines."""
+        asked = score_prompts(query, items, label_token_ids, item_first)
+        outputs = await self.async_generate(
+            sampling_params=ONE_STEP, return_logprob=True, sampler=default_sampler(), **asked
+        )
+        return read_scores(outputs, apply_softmax=apply_softmax)
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: Any = None,
+        *,
+        tools: Any = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> Any:
+        """Continues a conversation, or a list of them, by the tokenizer's chat template.
+
+        Args:
+          messages: `[{"role": "user", "content": ...}, ...]`, or a list of such lists.
+          sampling_params: As for `generate`.
+          tools: JSON schemas, or functions with docstrings, for templates that show them.
+          chat_template: A Jinja template, or the name of one the tokenizer has, instead of its own.
+          add_generation_prompt: End with the beginning of an answer.
+          continue_final_message: Go on with the last message instead of answering it.
+          template_kwargs: Further variables of the template, such as `enable_thinking`.
+          **others: Of `generate`, such as `stream`.
+
+        Returns:
+          What `generate` gives.
+
+        Raises:
+          RequestError: Where there is no tokenizer or template, or it refuses the messages.
+        """
+        ids = render(
+            self.tokenizer,
+            messages,
+            tools=tools,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+        )
+        return self.generate(None, sampling_params, ids, **others)
+
+    async def async_chat(
+        self,
+        messages: Any,
+        sampling_params: Any = None,
+        *,
+        tools: Any = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> Any:
+        """`chat` for coroutines."""
+        ids = render(
+            self.tokenizer,
+            messages,
+            tools=tools,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+        )
+        return await self.async_generate(None, sampling_params, ids, **others)
 
     # -- inside
 

@@ -33,6 +33,8 @@ ALLOWED = {
     "requests": BASE,
     "call": BASE | {"channel"},
     "channel": BASE,
+    "chat": BASE,
+    "pooling": BASE,
     "hidden": BASE,
     "outputs": BASE | {"channel", "hidden", "text"},
     "worker": BASE | {"channel", "core", "outputs", "text"},
@@ -42,6 +44,8 @@ ALLOWED = {
     | {
         "build",
         "call",
+        "chat",
+        "pooling",
         "requests",
         "runtime.samplers",
         "sampling",
@@ -57,8 +61,10 @@ ALLOWED = {
 HOST_ONLY = BASE | {
     "call",
     "channel",
+    "chat",
     "hidden",
     "outputs",
+    "pooling",
     "requests",
     "scheduler",
     "text",

@@ -137,7 +137,6 @@ def test_defaults_of_unsupported_arguments_are_accepted():
         ["a", "b"],
         image_data=None,
         lora_path=[None, None],
-        token_ids_logprob=[],
         session_params=None,
         priority=None,
     ).requests
