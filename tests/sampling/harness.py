@@ -92,11 +92,9 @@ _STEPS: dict[Any, Any] = {}
 
 
 def _compiled(sampler: Sampler) -> Any:
-    """A jitted step, one for all equal samplers; compiled quickly rather than well."""
+    """A jitted step, one for all equal samplers."""
 
-    @functools.partial(
-        jax.jit, static_argnums=4, compiler_options={"xla_backend_optimization_level": 0}
-    )
+    @functools.partial(jax.jit, static_argnums=4)
     def run(logits: Any, state: Any, ctx: Any, wants: Any, num_top: int, group: Any) -> Any:
         return sample(
             sampler, logits, state, ctx, Wants(wants[0], wants[1], wants[2], num_top), group
