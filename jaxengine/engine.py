@@ -119,6 +119,7 @@ class Engine:
                 context_length=built.limits.context_length,
                 max_total_tokens=built.limits.max_total_tokens,
                 random_seed=config.random_seed,
+                allow_auto_truncate=config.allow_auto_truncate,
                 stream_interval=config.stream_interval,
             )
             # Calls under way hold it, too: the engine stops when nobody wants anything of it.
