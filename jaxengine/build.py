@@ -222,6 +222,7 @@ def build(
         limits.buckets,
         PagePool(limits.num_pages),
         lambda key: programs.is_ready(ProgramKey(*key)),
+        has_prefix_cache=not config.disable_radix_cache,
     )
     core = EngineCore(scheduler, runner)
     return Built(core, runner, programs, samplers, model_config, config, limits, seconds)

@@ -87,6 +87,7 @@ class EngineConfig:
       max_window_steps: Longest decode window, in steps.
       decode_buckets: Batch sizes decode windows are compiled for, ascending; chosen when None.
       prefill_buckets: Packed prefill lengths in tokens, ascending; chosen when None.
+      disable_radix_cache: Texts that begin alike share no pages.
       max_top_logprobs: Most `top_logprobs_num` a request may ask for.
       random_seed: Seed from which requests without one draw theirs; fresh when None.
       served_model_name: Name in outputs; `model_path` when None.
@@ -113,6 +114,7 @@ class EngineConfig:
     max_window_steps: int = 32
     decode_buckets: tuple[int, ...] | None = None
     prefill_buckets: tuple[int, ...] | None = None
+    disable_radix_cache: bool = False
     max_top_logprobs: int = 20
     random_seed: int | None = None
     served_model_name: str | None = None

@@ -50,7 +50,7 @@ ALLOWED = {
         "worker",
     },
     "serve": BASE | {"api", "build.convert", "sampling", "utils"},
-    "bench": BASE | {"api", "sampling", "utils"},
+    "bench": BASE | {"api", "models", "nn", "sampling", "utils"},
     "contrib": BASE | {"api", "sampling", "nn", "models"},
     "__init__": BASE | {"engine", "sampling", "utils"},
 }

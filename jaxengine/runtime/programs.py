@@ -265,10 +265,24 @@ class Programs:
         future = self._done.get(key)
         return future is not None and future.done() and future.exception() is None
 
-    def wait(self, *, all_of_them: bool) -> None:
-        """Waits for the programs the engine began with, or for those a first answer needs."""
-        for key in self._initial if all_of_them else self._first:
+    def wait_first(self) -> None:
+        """Waits for the programs a first answer needs."""
+        for key in self._first:
             self.get(key)
+
+    def wait(self, *, background: bool) -> None:
+        """Waits for the programs the engine began with.
+
+        Args:
+          background: And for all that were added since.
+        """
+        for key in self._initial:
+            self.get(key)
+        if background:
+            with self._lock:
+                futures = list(self._done.values())
+            for future in futures:
+                future.exception()
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Lets running compilations end and starts no more."""
