@@ -173,7 +173,7 @@ class _Reports:
         num_before = len(self._kinds["input_token"])
         if num_before == 0 and start == 0:
             # Nothing comes before the first token, so it has no probability.
-            self._kinds["input_token"].append((None, int(ids[0]), self._text(ids[0])))
+            self._kinds["input_token"].append((None, int(ids[0]), self._text(int(ids[0]))))
             for kind in ("input_top", "input_token_ids"):
                 if kind in self._kinds:
                     self._kinds[kind].append(None)
@@ -198,8 +198,8 @@ class _Reports:
 
     def _triples(self, logprobs: np.ndarray, ids: Any) -> list[tuple[float, int, str | None]]:
         # The longer of the two is padded.
-        pairs = zip(logprobs.tolist(), ids, strict=False)
-        return [(logprob, int(i), self._text(i)) for logprob, i in pairs]
+        pairs = zip(logprobs.tolist(), np.asarray(ids).tolist(), strict=False)
+        return [(logprob, i, self._text(i)) for logprob, i in pairs]
 
     def _text(self, token_id: int) -> str | None:
-        return None if self._decode is None else self._decode(int(token_id))
+        return None if self._decode is None else self._decode(token_id)

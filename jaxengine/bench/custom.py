@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxengine.sampling import LogitsTransform, Sampler, chain
-from jaxengine.sampling.transforms import temperature
+from jaxengine.sampling import LogitsTransform, Sampler, chain, temperature
 
 TARGET_NATS, RATE = 4.0, 0.1
 """Surprise that is steered to, and how fast."""

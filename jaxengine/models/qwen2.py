@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
 from jaxengine.errors import UnsupportedModelError
-from jaxengine.models.family import Family, WeightPart
+from jaxengine.models.family import Family, WeightPart, run_layer
 from jaxengine.nn.attention import AttentionMetadata, ForwardContext, KVPages
 from jaxengine.nn.layers import Embedding, Linear, RMSNorm, project_to_vocab
 from jaxengine.nn.rope import Rotation, rotate, rotation
@@ -139,7 +139,7 @@ class Qwen2(nnx.Module):
         angles = rotation(positions, self.config.head_dim, self.config.rope_theta)
         pages_out = []
         for layer, pages in zip(self.layers, kv_cache or [None] * len(self.layers), strict=True):
-            x, pages = layer(x, angles, pages, meta, ctx)
+            x, pages = run_layer(layer, ctx, x, angles, pages, meta)
             pages_out.append(pages)
         return self.norm(x), pages_out
 
