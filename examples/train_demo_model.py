@@ -2,7 +2,7 @@
 
     python examples/train_demo_model.py --data shakespeare.txt --out demo
 
-One process does it all: a byte-level BPE tokenizer, training of jaxengine's own `Qwen2` module with
+One process does it all: a byte-level BPE tokenizer, training of jaxengine's own Qwen2 with
 a dense attention in place of the paged one, the held-out loss, a Hugging Face folder, and text from
 `jaxengine.Engine` over the parameters in memory. The last tenth of the text is never seen: not by
 the tokenizer, not in training, not in the choice of the checkpoint. On a GPU this takes a minute or

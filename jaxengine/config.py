@@ -19,6 +19,33 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are changed for contexts longer than those of the pre-training.
+
+    Attributes:
+      kind: "linear" slows all of them; "llama3" and "yarn" slow the slow ones.
+      factor: By how much; at least 1.
+      original_context_len: Of the pre-training, in tokens.
+      low_freq_factor: llama3: slowed in full below this many turns in the original context.
+      high_freq_factor: llama3: left alone above this many.
+      beta_fast: yarn: left alone above this many turns in the original context.
+      beta_slow: yarn: slowed in full below this many.
+      truncate: yarn: both ends are rounded outwards to whole pairs of dimensions.
+      attention_factor: Times cosines and sines.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_context_len: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a dense decoder, whatever its family.
 
@@ -34,7 +61,11 @@ class ModelConfig:
       rms_norm_eps: Epsilon of the norms.
       rope_theta: Base of the rotary frequencies.
       tie_word_embeddings: The output projection is the embedding.
-      max_position_embeddings: Longest sequence the model was made for, in tokens.
+      max_position_embeddings: Longest sequence the model was made for, in tokens, with
+        `rope_scaling`; no longer than its attention window where it has one.
+      rope_scaling: Change of the rotary frequencies; None for none.
+      qkv_bias: The query, key and value projections have biases.
+      qk_norm: Query and key heads are normalised before they are rotated.
       dtype: The checkpoint's own dtype.
       eos_token_ids: Ids that end a text, from the config and the generation config.
     """
@@ -51,6 +82,9 @@ class ModelConfig:
     rope_theta: float
     tie_word_embeddings: bool
     max_position_embeddings: int
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
     dtype: DTypeName = "bfloat16"
     eos_token_ids: tuple[int, ...] = ()
 

@@ -1,32 +1,24 @@
 """Engine: the public API. Text in and out, in one process, from any thread or event loop."""
 
 import atexit
-import dataclasses
-import itertools
 import os
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from jaxengine import build as builder
 from jaxengine.call import Call
-from jaxengine.channel import Channel
 from jaxengine.config import EngineConfig, ModelConfig
-from jaxengine.errors import PromptTooLongError, RequestError
+from jaxengine.errors import RequestError
 from jaxengine.log import logger
-from jaxengine.outputs import SequenceOutput
-from jaxengine.params import SamplingParams, derive_seed, fresh_seed
-from jaxengine.requests import ParsedCall, PromptRequest, group_size, parse_call
+from jaxengine.requests import group_size, parse_call
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.sampling import as_sampler, default_sampler
-from jaxengine.text.detokenizer import Detokenizer, Vocabulary
-from jaxengine.text.tokenizer import encode, eos_token_ids, load_tokenizer
-from jaxengine.types import MAX_STOP_TOKEN_IDS, SequenceRequest, SequenceUpdate, StopReason
+from jaxengine.submit import Submitter
+from jaxengine.text.detokenizer import Vocabulary
+from jaxengine.text.tokenizer import eos_token_ids, load_tokenizer
 from jaxengine.worker import Worker
 
 SHUTDOWN_TIMEOUT_S = 60.0
@@ -82,7 +74,7 @@ class Engine:
         if tokenizer is None and not config.skip_tokenizer_init and params is None:
             folder = config.tokenizer_path or builder.resolve_folder(config)
             self.tokenizer = load_tokenizer(folder, config.trust_remote_code, config.revision)
-        self._vocabulary = Vocabulary(self.tokenizer) if self.tokenizer is not None else None
+        vocabulary = Vocabulary(self.tokenizer) if self.tokenizer is not None else None
         own = default_sampler() if sampler is None else as_sampler(sampler)
         built = builder.build(
             config, own, params=params, model_config=model_config, progress=progress
@@ -91,17 +83,19 @@ class Engine:
         self._limits = built.limits
         self._programs, self._core, self._built_seconds = built.programs, built.core, built.seconds
         self._samplers, self._runner = built.samplers, built.runner
-        self._eos = eos_token_ids(self.tokenizer, self.model_config.eos_token_ids)
-        self._seq_ids = itertools.count()
-        self._rids: dict[str, list[SequenceRequest]] = {}
-        # Reentrant: the garbage collector may drop a Call, which releases ids, inside it.
-        self._rids_lock = threading.RLock()
-        self._seeds = (
-            None if config.random_seed is None else np.random.default_rng(config.random_seed)
-        )
         try:
             self._worker = Worker(built.core, built.runner.release)
-            self._finalizer = weakref.finalize(self, _stop, self._worker, built.programs)
+            self._submitter = Submitter(
+                self._worker,
+                tokenizer=self.tokenizer,
+                vocabulary=vocabulary,
+                eos_token_ids=eos_token_ids(self.tokenizer, self.model_config.eos_token_ids),
+                context_length=built.limits.context_length,
+                max_total_tokens=built.limits.max_total_tokens,
+                random_seed=config.random_seed,
+            )
+            # Calls under way hold it, too: the engine stops when nobody wants anything of it.
+            self._finalizer = weakref.finalize(self._submitter, _stop, self._worker, built.programs)
             # Registered after jax's own hook, so it runs before: a thread inside jax at interpreter
             # exit would abort the process. `finalize` may have registered its own hook long ago.
             self._finalizer.atexit = False
@@ -233,9 +227,7 @@ class Engine:
 
         An id that is not in flight is ignored.
         """
-        with self._rids_lock:
-            requests = list(self._rids.get(rid, ()))
-        self._abort(requests)
+        self._submitter.abort(rid)
 
     # -- lifetime
 
@@ -308,16 +300,11 @@ class Engine:
             tokenizer=self.tokenizer,
             **arguments,
         )
-        prompt_ids = self._tokenize(parsed)
-        samples = [
-            self._sequence(request, ids, sample, live, is_streaming=stream)
-            for request, ids in zip(parsed.requests, prompt_ids, strict=True)
-            for sample in range(parsed.n)
-        ]
+        samples = self._submitter.sequences(parsed, live, is_streaming=stream)
         # Compiled here, not in the engine's thread: nobody else waits for it.
         scores = any(sample.logprob_start is not None for sample in samples)
         self._runner.prepare(live, scores=scores)
-        return self._submit(parsed, samples, stream, has_text=bool(return_text_in_logprobs))
+        return self._submitter.submit(parsed, samples, has_text=bool(return_text_in_logprobs))
 
     def _live_sampler(self, sampler: Any, capture: Any, group_size: int) -> LiveSampler:
         """The call's sampler bound to this engine; the engine's own when it brings none."""
@@ -329,164 +316,6 @@ class Engine:
                 raise RequestError("`capture` must map names to functions (logits, drawn, ctx).")
             chosen = chosen._replace(capture={**chosen.capture, **capture})
         return self._samplers.get(chosen, group_size, forget=self._programs.drop)
-
-    def _tokenize(self, parsed: ParsedCall) -> list[np.ndarray]:
-        texts = [r.text for r in parsed.requests if r.text is not None]
-        if not texts:
-            return [r.input_ids for r in parsed.requests if r.input_ids is not None]
-        rows = encode(self.tokenizer, texts)
-        for request, row in zip(parsed.requests, rows, strict=True):
-            if not row:
-                raise RequestError(f"Prompt {request.index} has no tokens: {request.text!r}.")
-        return [np.asarray(row, np.int32) for row in rows]
-
-    def _sequence(
-        self,
-        request: PromptRequest,
-        ids: np.ndarray,
-        sample: int,
-        live: LiveSampler,
-        *,
-        is_streaming: bool,
-    ) -> SequenceRequest:
-        params = request.params
-        stop_ids = tuple(dict.fromkeys((*(params.stop_token_ids or ()), *self._eos)))
-        if len(stop_ids) > MAX_STOP_TOKEN_IDS:
-            raise RequestError(
-                f"`stop_token_ids` of prompt {request.index} and the model's own are "
-                f"{len(stop_ids)} ids; at most {MAX_STOP_TOKEN_IDS} are possible."
-            )
-        if request.logprob_start is not None and request.logprob_start > len(ids):
-            raise RequestError(
-                f"`logprob_start_len` of prompt {request.index} must be at most its length, "
-                f"{len(ids)} tokens, got {request.logprob_start}."
-            )
-        companions = [
-            np.asarray(encode(self.tokenizer, [c])[0], np.int32) if isinstance(c, str) else c
-            for c in request.companions
-        ]
-        longest = max(len(text) for text in (ids, *companions))
-        is_exact = params.seed_mode == "exact"
-        seed = self._seed(params.seed)
-        alone = SequenceRequest(
-            seq_id=next(self._seq_ids),
-            rid=request.rid,
-            prompt_ids=ids,
-            max_new_tokens=self._max_new_tokens(request, longest),
-            min_new_tokens=params.min_new_tokens,
-            stop_token_ids=stop_ids,
-            ignore_eos=params.ignore_eos,
-            seed=seed if is_exact else derive_seed(seed, request.index, sample),
-            values=request.values,
-            sampler_id=live.sampler_id,
-            sampler=live,
-            is_stateful=live.is_stateful,
-            is_streaming=is_streaming,
-            wants_logprobs=request.return_logprob,
-            num_top_logprobs=request.num_top_logprobs,
-            logprob_ids=request.logprob_ids,
-            logprob_start=request.logprob_start,
-        )
-        grouped = tuple(
-            dataclasses.replace(
-                alone, seq_id=next(self._seq_ids), prompt_ids=text, logprob_start=None
-            )
-            for text in companions
-        )
-        return dataclasses.replace(alone, companions=grouped) if grouped else alone
-
-    def _seed(self, seed: int | None) -> int:
-        if seed is not None:
-            return seed
-        return fresh_seed() if self._seeds is None else int(self._seeds.integers(2**63))
-
-    def _max_new_tokens(self, request: PromptRequest, prompt_len: int) -> int:
-        """The limit after clipping to the context and to the pool, as SGLang clips it."""
-        context, pool = self._limits.context_length, self._limits.max_total_tokens
-        asked = request.params.max_new_tokens
-        where = f"Prompt {request.index} has {prompt_len:,} tokens"
-        if prompt_len >= context:
-            raise PromptTooLongError(
-                f"{where}; `context_length` is {context:,} and must hold at least one more. "
-                "Shorten it, or raise `context_length` if the model allows."
-            )
-        if prompt_len >= pool:
-            raise PromptTooLongError(
-                f"{where}; the KV pages hold {pool:,} in all. "
-                "Shorten it, or raise `max_total_tokens` or `mem_fraction_static`."
-            )
-        room = min(context, pool) - prompt_len
-        return room if asked is None else min(asked, room)
-
-    def _submit(
-        self, parsed: ParsedCall, samples: list[SequenceRequest], stream: bool, *, has_text: bool
-    ) -> Call:
-        channel = Channel()
-        by_prompt = itertools.chain.from_iterable(
-            itertools.repeat(request, parsed.n) for request in parsed.requests
-        )
-        outputs = [
-            SequenceOutput(
-                sample,
-                channel,
-                index=index,
-                detokenizer=self._detokenizer(request.params),
-                has_stop_strings=bool(request.params.stop),
-                decode=self._decode if has_text and self.tokenizer is not None else None,
-                weight_version="default",
-            )
-            for index, (request, sample) in enumerate(zip(by_prompt, samples, strict=True))
-        ]
-        self._claim_rids(samples)
-        # Made before anything is queued: from here on whatever goes wrong, Ctrl-C too, aborts it.
-        call = Call(
-            channel,
-            samples,
-            is_single=parsed.is_single,
-            abort=self._abort,
-            release=self._release_rids,
-        )
-        try:
-            self._worker.submit(list(zip(samples, outputs, strict=True)))
-        except BaseException:
-            call.close()
-            raise
-        return call
-
-    def _decode(self, token_id: int) -> str:
-        return self.tokenizer.decode([token_id])
-
-    def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
-        if self._vocabulary is None:
-            return None
-        return Detokenizer(
-            self._vocabulary,
-            stop=tuple(params.stop or ()),
-            skip_special_tokens=params.skip_special_tokens,
-            spaces_between_special_tokens=params.spaces_between_special_tokens,
-            no_stop_trim=params.no_stop_trim,
-        )
-
-    def _claim_rids(self, samples: list[SequenceRequest]) -> None:
-        with self._rids_lock:
-            for sample in samples:
-                if sample.rid in self._rids:
-                    raise RequestError(
-                        f"`rid` {sample.rid!r} is already in flight; choose another."
-                    )
-            for sample in samples:
-                self._rids.setdefault(sample.rid, []).append(sample)
-
-    def _release_rids(self, samples: list[SequenceRequest]) -> None:
-        with self._rids_lock:
-            for sample in samples:
-                # By then the id may be another call's.
-                if sample in self._rids.get(sample.rid, ()):
-                    del self._rids[sample.rid]
-
-    def _abort(self, requests: list[SequenceRequest]) -> None:
-        for request in requests:
-            self._worker.finish(SequenceUpdate(request.seq_id, [], finish=StopReason("abort")))
 
 
 def _stop(worker: Worker, programs: Any) -> None:

@@ -35,18 +35,17 @@ ALLOWED = {
     "channel": BASE,
     "outputs": BASE | {"channel", "text"},
     "worker": BASE | {"channel", "core", "outputs", "text"},
+    "submit": BASE
+    | {"call", "channel", "outputs", "requests", "runtime.samplers", "text", "worker"},
     "engine": BASE
     | {
         "build",
         "call",
-        "channel",
-        "core",
-        "outputs",
         "requests",
         "runtime.samplers",
         "sampling",
+        "submit",
         "text",
-        "utils",
         "worker",
     },
     "serve": BASE | {"api", "build.convert", "sampling", "utils"},

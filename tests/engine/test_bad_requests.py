@@ -204,7 +204,7 @@ def test_nan_logits_fail_their_request_alone(poisoned_engine: Any, params: dict[
     for _ in range(3):
         first, error, *others = asyncio.run(run())
         assert isinstance(error, NaNLogitsError)
-        assert "Request bad: the model gave NaN logits after 0 tokens" in str(error)
+        assert "Request bad, after 0 tokens: the model gave NaN logits" in str(error)
         for prompt, output in zip(prompts, [first, *others], strict=True):
             tiny.assert_greedy(prompt, output["output_ids"])
 

@@ -169,9 +169,9 @@ def test_unknown_hub_id_offline_says_what_was_looked_for_and_where(
 
 
 def test_other_architectures_are_refused_by_name(tmp_path: Path, make_engine: Any):
-    raw = {**tiny.RAW_CONFIG, "architectures": ["LlamaForCausalLM"]}
+    raw = {**tiny.RAW_CONFIG, "architectures": ["GemmaForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ConfigError, match=r"LlamaForCausalLM.*Qwen2ForCausalLM"):
+    with pytest.raises(ConfigError, match=r"GemmaForCausalLM.*Qwen2ForCausalLM"):
         make_engine(model_path=tmp_path, skip_tokenizer_init=True)
 
 

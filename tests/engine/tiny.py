@@ -24,6 +24,7 @@ CONFIG = ModelConfig(
     head_dim=16,
     rms_norm_eps=1e-6,
     rope_theta=10000.0,
+    qkv_bias=True,
     tie_word_embeddings=False,
     max_position_embeddings=256,
     dtype="float32",

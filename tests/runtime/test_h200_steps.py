@@ -41,6 +41,7 @@ CONFIG = ModelConfig(
     head_dim=64,
     rms_norm_eps=1e-6,
     rope_theta=1e6,
+    qkv_bias=True,
     tie_word_embeddings=True,
     max_position_embeddings=16 * PAGES_PER_SEQUENCE,
 )
