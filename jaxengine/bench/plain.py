@@ -90,9 +90,10 @@ class PlainModel:
                 return self._judge_logits(model.logits(part[0], ctx), *part[1:])
 
             places = (hidden, wanted, listed)
-            parts = tuple(x.reshape(-1, LOGITS_AT_ONCE, *x.shape[1:]) for x in places)
+            split = (len(ids) // LOGITS_AT_ONCE, LOGITS_AT_ONCE)
+            parts = tuple(x.reshape(*split, *x.shape[1:]) for x in places)
             judged = jax.lax.map(some, parts)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), judged)
+        return jax.tree.map(lambda x: x.reshape(len(ids), *x.shape[2:]), judged)
 
     def _judge_logits(
         self, logits: Float[Array, "B V"], wanted: Int[Array, " B"], listed: Int[Array, "B K"]
