@@ -190,6 +190,7 @@ def build(
             buckets=limits.buckets,
             ctx=ForwardContext(mesh=mesh),
             num_top=config.max_top_logprobs,
+            layers=_hidden_layers(config, model_config),
         )
         samplers = Samplers(forward, sampler)
         factory = ProgramFactory(forward, target, mesh, limits.num_pages, dtype)
@@ -197,7 +198,12 @@ def build(
         # The cache's keys cover this package's source, not that of a sampler from outside.
         specs = factory.fused(own, is_cached=are_equal(sampler, default_sampler()))
         specs |= factory.admit()
-        shapes = (layout.describe(), own.layout.describe(), own.result.describe())
+        shapes = (
+            layout.describe(),
+            own.layout.describe(),
+            own.result.describe(),
+            forward.layers,
+        )
         cache = _executable_cache(config, model_config, limits, shapes)
     logger.info("resolved configuration:\n%s", config.describe())
     # Compiling needs shapes only, so it overlaps with loading the weights.
@@ -223,6 +229,16 @@ def build(
     )
     core = EngineCore(scheduler, runner)
     return Built(core, runner, programs, samplers, model_config, config, limits, seconds)
+
+
+def _hidden_layers(config: EngineConfig, model: ModelConfig) -> tuple[int, ...]:
+    layers = config.hidden_layers or ()
+    if not all(0 <= i <= model.num_layers for i in layers):
+        raise ConfigError(
+            f"`hidden_layers` must be in [0, {model.num_layers}], got {layers}; "
+            f"{model.num_layers} is after the final norm."
+        )
+    return tuple(layers)
 
 
 def _load_params(

@@ -123,6 +123,10 @@ class EngineConfig:
       prefill_buckets: Packed prefill lengths in tokens, ascending; chosen when None.
       disable_radix_cache: Texts that begin alike share no pages.
       max_top_logprobs: Most `top_logprobs_num` a request may ask for.
+      hidden_layers: Layers whose hidden states `return_hidden_states` gives, counted as in
+        transformers: 0 is the embeddings, i what comes out of layer i, `num_layers` that after the
+        final norm. None is this last one alone, with no axis for layers.
+      stream_interval: Tokens between two outputs of a stream, at least; the first comes at once.
       random_seed: Seed from which requests without one draw theirs; fresh when None.
       served_model_name: Name in outputs; `model_path` when None.
       trust_remote_code: Passed to transformers for the tokenizer.
@@ -150,6 +154,8 @@ class EngineConfig:
     prefill_buckets: tuple[int, ...] | None = None
     disable_radix_cache: bool = False
     max_top_logprobs: int = 20
+    hidden_layers: tuple[int, ...] | None = None
+    stream_interval: int = 1
     random_seed: int | None = None
     served_model_name: str | None = None
     trust_remote_code: bool = False
@@ -171,6 +177,7 @@ class EngineConfig:
             "page_size",
             "max_window_steps",
             "max_top_logprobs",
+            "stream_interval",
         ):
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):

@@ -33,14 +33,19 @@ ALLOWED = {
     "requests": BASE,
     "call": BASE | {"channel"},
     "channel": BASE,
-    "outputs": BASE | {"channel", "text"},
+    "chat": BASE,
+    "pooling": BASE,
+    "hidden": BASE,
+    "outputs": BASE | {"channel", "hidden", "text"},
     "worker": BASE | {"channel", "core", "outputs", "text"},
     "submit": BASE
-    | {"call", "channel", "outputs", "requests", "runtime.samplers", "text", "worker"},
+    | {"call", "channel", "hidden", "outputs", "requests", "runtime.samplers", "text", "worker"},
     "engine": BASE
     | {
         "build",
         "call",
+        "chat",
+        "pooling",
         "requests",
         "runtime.samplers",
         "sampling",
@@ -56,7 +61,10 @@ ALLOWED = {
 HOST_ONLY = BASE | {
     "call",
     "channel",
+    "chat",
+    "hidden",
     "outputs",
+    "pooling",
     "requests",
     "scheduler",
     "text",

@@ -4,7 +4,7 @@ Teacher-forced: at every place it is fed what the engine drew before, so one ear
 rounding costs one place, not all that follow.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxengine.config import ModelConfig
 from jaxengine.models import MODELS
 from jaxengine.models.family import BoundModel, Params
-from jaxengine.nn.attention import ForwardContext
+from jaxengine.nn.attention import ForwardContext, dense_attention
 
 LOGITS_AT_ONCE = 128
 """Places whose logits exist at once."""
@@ -80,7 +80,7 @@ class PlainModel:
         wanted: Int[Array, " T"],
         listed: Int[Array, "T K"],
     ) -> Judged:
-        ctx = ForwardContext(kernels="reference", attend=_dense)
+        ctx = ForwardContext(kernels="reference", attend=dense_attention(1))
         with jax.default_matmul_precision("highest"):
             params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
             model = self._model.bind(params)
@@ -113,8 +113,3 @@ class PlainModel:
             mass=jnp.where(leads, jnp.exp(logprobs), 0.0).sum(axis=-1),
             peak=peak,
         )
-
-
-def _dense(q: Array, k: Array, v: Array, kv_pages: Any, meta: Any, ctx: Any) -> tuple[Array, Any]:
-    """Causal attention over one text."""
-    return jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True)[0], kv_pages

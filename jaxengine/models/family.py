@@ -1,5 +1,6 @@
 """What a model family must tell: its config map, its module, and its weight names."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -77,7 +78,8 @@ def run_layer(layer: nnx.Module, ctx: ForwardContext, *args: Any) -> Any:
     is what a start would wait for.
     """
     graph, state = nnx.split(layer)
-    return _run_layer(graph, ctx, state, *args)
+    # A layer looks at no one else's residual stream, and jit keeps what it was called with.
+    return _run_layer(graph, dataclasses.replace(ctx, see=ForwardContext.see), state, *args)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -92,7 +92,17 @@ def _check(shards: list[Path], parts: Mapping[str, WeightPart], folder: Path) ->
     for shard in shards:
         with safe_open(shard, framework="numpy") as file:
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    missing = sorted(parts.keys() - shapes.keys())
+    _check_shapes(shapes, parts, f"The weights in {folder} do not fit its config.json.")
+
+
+def _check_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    parts: Mapping[str, WeightPart],
+    headline: str,
+    *,
+    is_partial: bool = False,
+) -> None:
+    missing = [] if is_partial else sorted(parts.keys() - shapes.keys())
     # A tied checkpoint may still carry its output projection, and old ones rotary buffers.
     unexpected = sorted(
         name
@@ -114,9 +124,7 @@ def _check(shards: list[Path], parts: Mapping[str, WeightPart], folder: Path) ->
         if names
     ]
     if problems:
-        raise WeightsError(
-            f"The weights in {folder} do not fit its config.json. " + "; ".join(problems) + "."
-        )
+        raise WeightsError(f"{headline} {'; '.join(problems)}.")
 
 
 def random_params(target: Params, seed: int = 0) -> Params:
@@ -161,6 +169,11 @@ def check_params(params: Params, target: Params) -> Params:
         for key in want.keys() & got.keys()
         if np.shape(got[key]) != want[key].shape
     ]
+    problems += [
+        f"{name[key]} is {leaf.dtype}, expected a float"
+        for key, leaf in got.items()
+        if not jnp.issubdtype(getattr(leaf, "dtype", np.asarray(leaf).dtype), jnp.floating)
+    ]
     if problems:
         raise WeightsError("`params` do not fit the model config: " + "; ".join(sorted(problems)))
     placed = {
@@ -168,6 +181,60 @@ def check_params(params: Params, target: Params) -> Params:
         for key, leaf in want.items()
     }
     return traverse_util.unflatten_dict(placed)
+
+
+def merge_named(
+    tensors: Mapping[str, Any],
+    parts: Mapping[str, WeightPart],
+    current: Params,
+    target: Params,
+    *,
+    is_partial: bool,
+) -> Params:
+    """New parameters of tensors under their checkpoint names; what they leave out stays as it is.
+
+    Args:
+      tensors: numpy or jax arrays, or whatever speaks DLPack.
+      parts: Where each goes.
+      current: The parameters so far; only read.
+      target: Abstract parameters with shardings.
+      is_partial: Names may be missing.
+
+    Raises:
+      WeightsError: Names every missing, unexpected and misshapen tensor at once.
+    """
+    arrays = {name: _as_array(tensor) for name, tensor in tensors.items()}
+    headline = "The tensors do not fit the model."
+    shapes = {name: array.shape for name, array in arrays.items()}
+    _check_shapes(shapes, parts, headline, is_partial=is_partial)
+    integers = [n for n, x in arrays.items() if not jnp.issubdtype(x.dtype, jnp.floating)]
+    if integers:
+        raise WeightsError(f"{headline} {len(integers)} are no floats: {', '.join(integers[:20])}.")
+    merged, wanted = _flatten(current), _flatten(target)
+    key_of = {".".join(map(str, key)): key for key in wanted}
+    for name in arrays.keys() & parts.keys():
+        path, start, _ = parts[name]
+        key = key_of[path]
+        leaf, piece = wanted[key], jnp.asarray(arrays[name], wanted[key].dtype)
+        if piece.shape != leaf.shape:
+            piece = merged[key].at[start : start + piece.shape[0]].set(piece)
+        merged[key] = jax.device_put(piece, leaf.sharding)
+    return traverse_util.unflatten_dict(merged)
+
+
+def named(name: str, parts: Mapping[str, WeightPart], params: Params) -> jax.Array | None:
+    """The rows of a parameter that a checkpoint calls by this name; None for an unknown one."""
+    if name not in parts:
+        return None
+    path, start, shape = parts[name]
+    flat = {".".join(map(str, key)): leaf for key, leaf in _flatten(params).items()}
+    return flat[path][start : start + shape[0]]
+
+
+def _as_array(tensor: Any) -> Any:
+    if isinstance(tensor, np.ndarray | jax.Array):
+        return tensor
+    return jnp.from_dlpack(tensor) if hasattr(tensor, "__dlpack__") else np.asarray(tensor)
 
 
 def save_orbax(params: Params, folder: Path) -> None:
