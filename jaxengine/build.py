@@ -37,7 +37,7 @@ from jaxengine.scheduler.page_pool import PagePool
 from jaxengine.scheduler.scheduler import Scheduler
 
 GPU_PREFILL, CPU_PREFILL = (64, 256, 1024, 2048, 4096), (32,)
-GPU_DECODE, CPU_DECODE = (1, 16, 32, 64, 128, 192, 256), (1, 4)
+GPU_DECODE, CPU_DECODE = (1, 16, 32, 64, 128, 192, 256), (1, 4, 8)
 """Buckets below the largest, which is the chunk size or the number of slots."""
 
 LARGE_GPU_BYTES = 60 << 30
@@ -365,10 +365,7 @@ def settle(
         buckets=Buckets(
             decode_rows=(*(b for b in decode if b < slots), slots),
             prefill_tokens=(*(t for t in prefill if t < chunk), chunk),
-            # Plain XLA gathers every page of the bucket, so short sequences get a small one.
-            num_pages=(pages_per_sequence,)
-            if is_gpu
-            else tuple(sorted({-(-pages_per_sequence // 4), pages_per_sequence})),
+            num_pages=(pages_per_sequence,),
             num_slots=slots,
             page_size=config.page_size,
             max_window_steps=config.max_window_steps,

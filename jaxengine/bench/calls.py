@@ -103,10 +103,12 @@ def uniform(
     return [Call(ids, [request_params(i, new, **params) for i in range(count)], arguments)]
 
 
-def lockstep(num_rows: int, scale: float, vocab_size: int) -> list[Call]:
-    """A batch of one size to its first tokens, and to its 129th; its number of rows is kept."""
-    ids = prompts("lockstep", [scaled(128, scale)] * num_rows, vocab_size)
+def lockstep(
+    num_rows: int, prompt_len: int, num_steps: int, scale: float, vocab_size: int
+) -> list[Call]:
+    """A greedy batch to its first tokens, and `num_steps` further; its number of rows is kept."""
+    ids = prompts("lockstep", [scaled(prompt_len, scale)] * num_rows, vocab_size)
     return [
         Call(ids, [request_params(i, n, temperature=0.0) for i in range(num_rows)])
-        for n in (1, scaled(129, scale, least=2))
+        for n in (1, 1 + scaled(num_steps, scale))
     ]

@@ -61,7 +61,7 @@ def newest(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
     found: dict[str, dict[str, Row]] = {}
     for row in rows:
         gpu = row["environment"].get("gpu")
-        if gpu and row["is_correct"]:
+        if gpu and row["is_correct"] and not row["workload"].startswith("cpu_"):
             found.setdefault(gpu, {})[key_of(row)] = row
     return found
 
@@ -80,6 +80,9 @@ def section(rows: Sequence[Row], peers: Peers) -> str:
             parts.append(f"Peers: {peers.source}")
         if sweep(by_key):
             parts.append(f"![decode over batch size]({PLOT.relative_to(RESULTS.parents[2])})")
+    on_cpu = [r for r in rows if r["workload"].startswith("cpu_") and r["is_correct"]]
+    if any("peer" not in row for row in on_cpu):
+        parts += [_cpu_setting(on_cpu), "\n".join(_cpu_table(on_cpu))]
     return "\n\n".join([*parts, END])
 
 
@@ -141,12 +144,34 @@ def _table(gpu: str, by_key: Mapping[str, Row], peers: Peers) -> Iterator[str]:
         yield " | ".join([f"| {title}", row["unit"], *map(_number, cells)]) + " |"
 
 
+def _cpu_setting(rows: Sequence[Row]) -> str:
+    ours = [row["environment"] for row in rows if "peer" not in row][-1]
+    return (
+        f"On {ours['num_cpus']} cores of a CPU ({ours['cpu']}), jax {ours['versions']['jax']}, "
+        f"commit {ours['commit'][:7]}; float32, decode steps alone, tok/s."
+    )
+
+
+def _cpu_table(rows: Sequence[Row]) -> Iterator[str]:
+    """Ours and others on the same cores; the newest of each."""
+    found = {(row.get("peer", "jaxengine"), row["workload"]): row for row in rows}
+    names = list(dict.fromkeys(name for name, _ in found))
+    names.sort(key=lambda name: name != "jaxengine")
+    yield " | ".join(["| workload", *names]) + " |"
+    yield "|---|" + "---:|" * len(names)
+    for key, workload in WORKLOADS.items():
+        cells = [found.get((name, key)) for name in names]
+        if any(cells):
+            values = [_number(cell and cell["value"]) for cell in cells]
+            yield " | ".join([f"| {workload.title}", *values]) + " |"
+
+
 def _titles() -> Iterator[tuple[str, str]]:
     """Rows of the table, in order; the sweep is in the plot."""
     for name, workload in WORKLOADS.items():
         if name == "w6_greedy":
             yield from ((f"{STARTUP}/{metric}", title) for metric, title in STARTS.items())
-        if not name.startswith("sweep_"):
+        if not name.startswith(("sweep_", "cpu_")):
             shape = "" if workload.shape == "qwen2.5-0.5b" else f"{workload.shape}: "
             yield name, shape + workload.title
 

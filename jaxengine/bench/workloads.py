@@ -47,6 +47,15 @@ TIME_PER_STEP = Metric(
 )
 """Calls: a batch to its first tokens, then the same batch to its last."""
 
+DECODE_RATE = Metric(
+    name="decode_tokens_per_s",
+    unit="tok/s",
+    seconds=lambda seconds: seconds[1] - seconds[0],
+    value=lambda seconds, call: (call.num_output_tokens - len(call.input_ids)) / seconds,
+    has_prefill=False,
+)
+"""The same, as tokens of all rows together."""
+
 TIME_TO_SECOND_TOKEN = Metric(
     name="time_to_second_token",
     unit="ms",
@@ -118,6 +127,11 @@ SAMPLING_VARIANTS: dict[str, Variant] = {
         lambda: {"return_logprob": True, "top_logprobs_num": 20},
         "top-20 logprobs",
     ),
+    "hidden_states": Variant(
+        {"temperature": 0.0},
+        lambda: {"return_hidden_states": True},
+        "hidden states of every token",
+    ),
 }
 """Variants of W6."""
 
@@ -167,7 +181,16 @@ def _lockstep(num_rows: int) -> Workload:
     return Workload(
         title=f"decode at batch {num_rows}, 128 in, 128 steps, greedy: time per step",
         metric=TIME_PER_STEP,
-        calls=functools.partial(lockstep, num_rows),
+        calls=functools.partial(lockstep, num_rows, 128, 128),
+    )
+
+
+def _on_cpu(shape: str, num_rows: int, num_steps: int) -> Workload:
+    return Workload(
+        title=f"{shape} at batch {num_rows}, 32 in, {num_steps} steps, greedy",
+        metric=DECODE_RATE,
+        calls=functools.partial(lockstep, num_rows, 32, num_steps),
+        shape=shape,
     )
 
 
@@ -192,6 +215,11 @@ WORKLOADS: dict[str, Workload] = {
     **{f"sweep_b{num_rows}": _lockstep(num_rows) for num_rows in SWEPT_ROWS},
     "w7": _stream(32, shape="qwen2.5-7b"),
     "w7b": _uniform(256, 512, 256, _SAMPLED, shape="qwen2.5-7b"),
+    **{
+        f"cpu_{shape}_b{num_rows}": _on_cpu(shape, num_rows, num_steps)
+        for shape, num_steps in (("demo", 256), (DEFAULT_SHAPE, 32))
+        for num_rows in (1, 8)
+    },
 }
 """Every workload but W5, which runs in processes of its own."""
 
@@ -200,7 +228,7 @@ STARTUP = "w5"
 
 GROUPS: dict[str, list[str]] = {
     group: [name for name in WORKLOADS if name.startswith(f"{group}_")]
-    for group in ("w4", "w6", "w6b1", "sweep")
+    for group in ("w4", "w6", "w6b1", "sweep", "cpu")
 }
 """Names that stand for several workloads."""
 

@@ -5,6 +5,7 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxengine.bench import startup
@@ -49,7 +50,7 @@ def too_long(scale: float, vocab_size: int) -> list[Call]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     out = tmp_path_factory.mktemp("bench") / "results.jsonl"
     bad = dataclasses.replace(WORKLOADS["w1"], calls=too_long)
-    command = ["w1", "bad", "w2", "w4", "w6_custom", "w6_top_logprobs", *SMALL]
+    command = ["w1", "bad", "w2", "w4", "w6_custom", "w6_hidden_states", *SMALL]
     command += ["--runs", "2", "--out", str(out)]
     dispatch._log_once.cache_clear()  # another test's engine may have said it in this process
     with pytest.MonkeyPatch.context() as patch:
@@ -64,7 +65,7 @@ def good(results: dict[str, dict]) -> dict[str, dict]:
 
 
 def test_results_come_in_order_with_every_field(good: dict[str, dict]):
-    assert list(good) == ["w1", "w2", "w4_p32", "w4_p1024", "w6_custom", "w6_top_logprobs"]
+    assert list(good) == ["w1", "w2", "w4_p32", "w4_p1024", "w6_custom", "w6_hidden_states"]
     for result in good.values():
         assert set(result) == set(FIELDS.split())
         assert len(result["runs"]) == 2
@@ -83,7 +84,7 @@ def test_checks_hold_and_are_those_of_the_workload(good: dict[str, dict]):
     single = everywhere | {"replays_identical", "calls_agree"}
     assert set(good["w1"]["checks"]) == set(good["w4_p32"]["checks"]) == single
     assert set(good["w2"]["checks"]) == everywhere
-    assert set(good["w6_top_logprobs"]["checks"]) == everywhere | {"logprobs", "top_logprobs"}
+    assert set(good["w6_hidden_states"]["checks"]) == everywhere | {"hidden_states"}
     assert all(result["is_correct"] for result in good.values())
 
 
@@ -149,10 +150,18 @@ def output(ids: list[int], **meta: object) -> dict:
         (output([1, 2], cached_tokens=1), "nothing_cached"),
         (output([1, 2], output_token_logprobs=[(float("nan"), 1, None)] * 2), "logprobs"),
         (output([1, 2], output_token_logprobs=[(-1.0, 1, None)]), "logprobs"),
+        (output([1, 2], output_top_logprobs=[[(-1.0, 1, None)]] * 2), "top_logprobs"),
+        (output([1, 2], hidden_states=np.ones((4, 4))), "hidden_states"),
+        (output([1, 2], hidden_states=np.zeros((3, 4))), "hidden_states"),
     ],
 )
 def test_checks_notice(wrong: dict, check: str):
-    call = Call([[1]], [{"max_new_tokens": 2}], {"return_logprob": check == "logprobs"})
+    asked = {
+        "logprobs": {"return_logprob": True},
+        "top_logprobs": {"top_logprobs_num": 2},
+        "hidden_states": {"return_hidden_states": True},
+    }
+    call = Call([[1]], [{"max_new_tokens": 2}], asked.get(check, {}))
     assert [name for name, good in check_outputs(call, [wrong], 10).items() if not good] == [check]
 
 
