@@ -129,7 +129,7 @@ class Engine:
             self._finalizer.atexit = False
             atexit.register(self._finalizer)
             # The engine answers once the smallest programs are there; the others follow.
-            built.programs.wait(all_of_them=False)
+            built.programs.wait_first()
         except BaseException:  # Ctrl-C, too
             built.programs.stop()
             self.shutdown()
@@ -362,9 +362,20 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def wait_until_compiled(self) -> None:
-        """Waits until every program is ready, so that nothing after is slowed by compiling."""
-        self._programs.wait(all_of_them=True)
+    def wait_until_compiled(self, *, background: bool = False) -> None:
+        """Waits until the programs the engine began with are ready.
+
+        Args:
+          background: Also for those compiled ahead of need: steps without a sampler, and fused
+            forms of samplers that calls brought. Nothing after is slowed by compiling then.
+        """
+        self._programs.wait(background=background)
+
+    @property
+    def params(self) -> Any:
+        """The model's arrays on the device, as `jaxengine.models` names them; None after
+        `shutdown`."""
+        return self._runner.params
 
     @property
     def is_alive(self) -> bool:

@@ -183,7 +183,8 @@ class _Reports:
             self._push_tokens("output", update.leaves, update.leaves["token"])
             for kind in ("raw", "processed"):
                 self._kinds[f"output_{kind}"] += update.leaves[f"{kind}_logprob"].tolist()
-        if self._kinds and update.prompt_leaves:
+        # Hidden states of the prompt may come without its logprobs.
+        if self._kinds and "logprob" in update.prompt_leaves:
             self._push_prompt(update.prompt_leaves)
         for name, leaf in update.leaves.items():
             if name.startswith(("aux", "capture/")):

@@ -84,7 +84,7 @@ ALLOWED = {
         "text",
         "utils",
     },
-    "bench": BASE | {"api", "sampling", "utils"},
+    "bench": BASE | {"api", "models", "nn", "sampling", "utils"},
     "contrib": BASE | {"api", "sampling", "nn", "models"},
     "__init__": BASE | {"display", "engine", "sampling", "utils"},
 }
