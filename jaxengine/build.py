@@ -219,7 +219,7 @@ def build(
             if params is not None:
                 arrays = weights.check_params(params, target)
             else:
-                arrays = _load_params(config, family, model_config, target, progress)
+                arrays = load_params(config, family, model_config, target, progress)
         runner = Runner(factory, arrays, samplers, programs)
     except BaseException:
         programs.stop()
@@ -243,9 +243,15 @@ def _hidden_layers(config: EngineConfig, model: ModelConfig) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def _load_params(
+def load_params(
     config: EngineConfig, family: Family, model: ModelConfig, target: Params, progress: bool
 ) -> Params:
+    """The arrays of the checkpoint at `config.model_path`, on the device.
+
+    Raises:
+      WeightsError: For tensors that do not fit.
+      ConfigError: If there is no checkpoint.
+    """
     if config.load_format == "dummy":
         return weights.random_params(target)
     folder = resolve_folder(config)

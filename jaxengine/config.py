@@ -127,6 +127,7 @@ class EngineConfig:
         final norm. None is this last one alone, with no axis for layers.
       stream_interval: Tokens between two outputs of a stream, at least; the first comes at once.
       random_seed: Seed from which requests without one draw theirs; fresh when None.
+      weight_version: Name of the weights, in every output until `update_weights` gives another.
       served_model_name: Name in outputs; `model_path` when None.
       trust_remote_code: Passed to transformers for the tokenizer.
       revision: Hub revision.
@@ -155,6 +156,7 @@ class EngineConfig:
     hidden_layers: tuple[int, ...] | None = None
     stream_interval: int = 1
     random_seed: int | None = None
+    weight_version: str = "default"
     served_model_name: str | None = None
     trust_remote_code: bool = False
     revision: str | None = None

@@ -1,11 +1,12 @@
 """Engine: the public API. Text in and out, in one process, from any thread or event loop."""
 
 import atexit
+import dataclasses
 import os
 import sys
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxengine import build as builder
@@ -23,19 +24,22 @@ from jaxengine.pooling import (
     score_prompts,
 )
 from jaxengine.requests import group_size, parse_call
+from jaxengine.residency import Residency, Running
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.sampling import as_sampler, default_sampler
 from jaxengine.sampling.processor import with_processor
+from jaxengine.sglang_names import SGLangNames
 from jaxengine.submit import Submitter
 from jaxengine.text.detokenizer import Vocabulary
 from jaxengine.text.tokenizer import eos_token_ids, load_tokenizer
+from jaxengine.weight_sources import WeightSources
 from jaxengine.worker import Worker
 
 SHUTDOWN_TIMEOUT_S = 60.0
 """Longest wait for a device step that is under way."""
 
 
-class Engine:
+class Engine(SGLangNames):
     """An offline LLM engine with the interface of `sglang.Engine`.
 
     One process: no children, no ports, no signal handlers, no event-loop policy. Calls are safe
@@ -95,6 +99,10 @@ class Engine:
         self._samplers, self._runner = built.samplers, built.runner
         try:
             self._worker = Worker(built.core, built.runner.release)
+            self._residency = Residency(
+                self._worker, built.core, built.runner, self.config.weight_version
+            )
+            self._sources = WeightSources(self.config, self.model_config, built.runner.target)
             self._submitter = Submitter(
                 self._worker,
                 tokenizer=self.tokenizer,
@@ -103,6 +111,7 @@ class Engine:
                 context_length=built.limits.context_length,
                 max_total_tokens=built.limits.max_total_tokens,
                 random_seed=config.random_seed,
+                weight_versions=self._residency.versions,
                 stream_interval=config.stream_interval,
             )
             # Calls under way hold it, too: the engine stops when nobody wants anything of it.
@@ -274,6 +283,78 @@ class Engine:
         """
         self._submitter.abort(rid)
 
+    # -- weights and memory
+
+    @property
+    def params(self) -> Any:
+        """The model's arrays as they are now, nested by name; read them, and do not donate them."""
+        return self._runner.params
+
+    def update_weights(
+        self,
+        weights: Any,
+        *,
+        version: str | None = None,
+        running: Running = "finish",
+        partial: bool = False,
+    ) -> None:
+        """Puts other weights in the place of these: all of them or, on any error, none.
+
+        Names, shapes and dtypes are checked first; floats are cast to the engine's dtype. The
+        prefix cache is flushed. Every output's `weight_version` says what its last token was drawn
+        with; one that saw a change has `output_weight_versions`, a name a token.
+
+        Args:
+          weights: A tree like `params`, whose arrays are used as they are where dtype and placement
+            agree: nothing is copied, so do not donate them later (pass copies if you do). Or a dict
+            of Hugging Face names and numpy, jax or DLPack arrays; or a checkpoint folder or hub id.
+          version: Name of these weights; a number counted up when None.
+          running: "finish": requests under way end with the weights they have, and those that come
+            meanwhile wait. "keep": those under way go on with the new weights from the next step
+            on, over the keys and values they have; `pause("retract")` first has these made anew.
+          partial: A dict may lack names; what they name stays as it is.
+
+        Raises:
+          WeightsError: Names every missing, unexpected and misshapen tensor at once.
+        """
+        make = self._sources.read(weights, is_partial=partial)
+        name = str(len(self._residency.versions)) if version is None else version
+        self._residency.update(make, name, running)
+        if isinstance(weights, str | os.PathLike):
+            path = str(weights)
+            self.config = dataclasses.replace(self.config, model_path=path, served_model_name=path)
+
+    def weights_by_name(self, name: str) -> Any:
+        """The array that a checkpoint calls `name`, e.g. "model.norm.weight"; None for no such."""
+        return self._sources.named(name, self._runner.params)
+
+    def release_memory(
+        self, tags: Collection[str] | None = None, *, keep_copy: bool = True
+    ) -> dict[str, Any]:
+        """Frees device memory between uses; waits for requests under way, and lets others wait.
+
+        What is freed is free for this process at once. JAX's allocator gives it to other processes
+        only where JAX was started with XLA_PYTHON_CLIENT_ALLOCATOR=platform. Arrays that somebody
+        else holds, such as a trainer's own, stay.
+
+        Args:
+          tags: "weights", "kv_cache" (with all state of running requests), or both; None is both.
+          keep_copy: Keep the weights in host memory, for `resume_memory`; else they must come from
+            `update_weights`.
+
+        Returns:
+          Bytes that went, by tag, and the allocator's `bytes_in_use_before` and `bytes_in_use`.
+        """
+        return self._residency.release(tags, keep_copy=keep_copy)
+
+    def resume_memory(self, tags: Collection[str] | None = None) -> None:
+        """Brings back what `release_memory` took; with all of it there, requests go on.
+
+        Raises:
+          WeightsError: For weights that were released without a copy.
+        """
+        self._residency.resume(tags, self._sources.place)
+
     # -- lifetime
 
     def shutdown(self) -> None:
@@ -297,8 +378,39 @@ class Engine:
         """Waits until every program is ready, so that nothing after is slowed by compiling."""
         self._programs.wait(all_of_them=True)
 
+    def get_model_info(self) -> dict[str, Any]:
+        """Which model this is, in SGLang's words, and its shape."""
+        return {
+            "model_path": self.config.model_path,
+            "served_model_name": self.config.served_model_name or self.config.model_path,
+            "is_generation": True,
+            "weight_version": self._residency.version,
+            "load_format": self.config.load_format,
+            **dataclasses.asdict(self.model_config),
+        }
+
+    def get_server_info(self) -> dict[str, Any]:
+        """The resolved settings, the limits that follow from them, and `stats` as SGLang has it."""
+        stats, config = self.stats(), self.config
+        assert config.context_length and config.max_total_tokens, "the config is resolved"
+        return {
+            **dataclasses.asdict(config),
+            "status": "ready",
+            "weight_version": self._residency.version,
+            "max_total_num_tokens": config.max_total_tokens,
+            "max_req_input_len": min(config.context_length, config.max_total_tokens) - 1,
+            "startup_time": self._startup_seconds,
+            "internal_states": [{**stats, "last_gen_throughput": stats["generated_tokens_per_s"]}],
+        }
+
     def stats(self) -> dict[str, Any]:
-        """Counts and times since the start: queue, pages, tokens, windows, start-up."""
+        """Counts and times since the start.
+
+        Queue (`num_waiting`, `num_running`), pages (`num_free_pages`, `num_cached_pages`,
+        `cache_hit_rate`), tokens, each `_per_s` of the time the engine had work, windows by their
+        number of steps (`window_sizes`), and where that time went (`seconds`): "schedule",
+        "dispatch", "wait" for the device, and "text" in a thread of its own.
+        """
         return {
             **self._core.stats(),
             "startup_seconds": {**self._built_seconds, "total": self._startup_seconds},

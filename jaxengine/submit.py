@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ class Submitter:
         context_length: int,
         max_total_tokens: int,
         random_seed: int | None,
+        weight_versions: Sequence[str],
         stream_interval: int = 1,
     ) -> None:
         """Starts with nothing in flight.
@@ -50,9 +52,11 @@ class Submitter:
           context_length: Longest prompt plus output, in tokens.
           max_total_tokens: Tokens the KV pages hold.
           random_seed: Seed from which requests without one draw theirs; fresh ones when None.
+          weight_versions: Names of all weights there have been; grows.
           stream_interval: Tokens between two outputs of a stream, where a request does not say.
         """
         self._worker = worker
+        self._weight_versions = weight_versions
         self._stream_interval = stream_interval
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
@@ -107,7 +111,7 @@ class Submitter:
                 detokenizer=self._detokenizer(request.params),
                 has_stop_strings=bool(request.params.stop or request.params.stop_regex),
                 decode=decode,
-                weight_version="default",
+                weight_versions=self._weight_versions,
                 hidden=_collector(request, sample),
                 stream_interval=request.params.stream_interval or self._stream_interval,
                 has_prompt_ids=request.has_prompt_ids,

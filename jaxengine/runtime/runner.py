@@ -30,7 +30,7 @@ from jaxengine.runtime.state import COUNT_DTYPE, DeviceState, Seats
 from jaxengine.sampling.identity import are_equal
 from jaxengine.sampling.sampler import default_sampler
 from jaxengine.scheduler.plan import DecodePlan, PrefillPlan, StepPlan, StepResult
-from jaxengine.types import HIDDEN
+from jaxengine.types import HIDDEN, WEIGHTS_ID
 
 type Specs = dict[ProgramKey, ProgramSpec]
 
@@ -55,7 +55,7 @@ class ProgramFactory:
         kv_dtype: Of the KV cache.
         """
         self.forward = forward
-        self._params = params
+        self.params = params
         self._mesh = mesh
         buckets, config = forward.buckets, forward.model.config
         self.state = DeviceState(
@@ -91,7 +91,7 @@ class ProgramFactory:
     def fused(self, steps: SamplerSteps, *, is_cached: bool) -> dict[ProgramKey, ProgramSpec]:
         """Prefills and windows with a sampler traced into them, and its edits."""
         buckets, owner = self.forward.buckets, steps.owner
-        common = (self._params, self.state, self.seats(steps), self._shapes(steps.sampler.arrays))
+        common = (self.params, self.state, self.seats(steps), self._shapes(steps.sampler.arrays))
         specs = self.edits(steps, is_cached=is_cached)
         for pages in buckets.num_pages:
             for tokens in buckets.prefill_tokens:
@@ -114,7 +114,7 @@ class ProgramFactory:
     def hidden_windows(self, steps: SamplerSteps, *, is_cached: bool) -> Specs:
         """Windows that report hidden states."""
         buckets = self.forward.buckets
-        common = (self._params, self.state, self.seats(steps), self._shapes(steps.sampler.arrays))
+        common = (self.params, self.state, self.seats(steps), self._shapes(steps.sampler.arrays))
         keys = [
             ProgramKey(HIDDEN_DECODE, rows, pages, steps.owner)
             for pages in buckets.num_pages
@@ -192,7 +192,7 @@ class ProgramFactory:
                         *args, num_tokens=t, num_pages=p
                     ),
                     args=(
-                        self._params,
+                        self.params,
                         self.state,
                         self._packed(batch.prefill_packing(buckets, tokens)),
                     ),
@@ -207,7 +207,7 @@ class ProgramFactory:
                         *args, num_rows=r, num_pages=p
                     ),
                     args=(
-                        self._params,
+                        self.params,
                         self.state,
                         self._packed(batch.decode_packing(buckets, rows)),
                     ),
@@ -243,7 +243,7 @@ class ProgramFactory:
                 name=f"score_t{tokens}",
                 fn=lambda *args, t=tokens: self.forward.score(*args, num_tokens=t),
                 args=(
-                    self._params,
+                    self.params,
                     self._array((tokens, model.config.hidden_size), model.dtype),
                     self._packed(batch.score_packing(buckets, tokens)),
                 ),
@@ -291,6 +291,7 @@ class StepHandle:
         hidden: list[jax.Array] | None = None,
         *,
         is_demanded: bool = False,
+        weights_id: int = 0,
     ) -> None:
         """Starts all copies.
 
@@ -300,8 +301,10 @@ class StepHandle:
           scores: What is reported of a prefill's tokens.
           hidden: Hidden states of every step of a window in split form, where they are wanted.
           is_demanded: Leaves that are copied on demand are wanted.
+          weights_id: Which parameters it uses.
         """
         self.plan = plan
+        self._weights_id = weights_id
         self._drawn = drawn
         self._scores = scores
         self._hidden = hidden or []
@@ -324,7 +327,9 @@ class StepHandle:
             num_rows = len(self.plan.rows)
             steps = [np.asarray(array)[:num_rows] for array in self._hidden]
             leaves[HIDDEN] = np.stack(steps, axis=1)
-        return StepResult(leaves[results.TOKEN], leaves, self._prompt_leaves())
+        token_ids = leaves[results.TOKEN]
+        leaves[WEIGHTS_ID] = np.broadcast_to(np.int32(self._weights_id), token_ids.shape)
+        return StepResult(token_ids, leaves, self._prompt_leaves())
 
     def _unpack(self, part: _Drawn) -> dict[str, np.ndarray]:
         layout = part.layout
@@ -373,7 +378,8 @@ class Runner:
         self._logprob_ids: dict[int, tuple[int, ...]] = {}
         self._wants_lists: dict[int, bool] = {}
         self._feeds_last: dict[int, bool] = {}
-        self.params = params
+        self.params: Params | None = params
+        self._weights_id = 0
         self.reset()
 
     def reset(self) -> None:
@@ -439,12 +445,44 @@ class Runner:
             return self._run_fused(plan, samplers[0])
         return self._run_split(plan, samplers)
 
+    @property
+    def device(self) -> jax.Device:
+        """Where the arrays are."""
+        return jax.tree.leaves(self.target)[0].sharding.mesh.devices.flat[0]
+
+    def num_bytes(self, tag: str) -> int:
+        """Size of what is there: "weights", or "kv_cache", slots and counts included."""
+        tree = self.params if tag == "weights" else self._state
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    @property
+    def target(self) -> Params:
+        """Shapes, dtypes and places the parameters must have."""
+        return self._factory.params
+
+    def swap(self, params: Params, weights_id: int) -> None:
+        """Steps from here on use these parameters; those under way keep the ones they have.
+
+        Args:
+          params: Like `target`.
+          weights_id: Which these are; tokens carry it.
+        """
+        self.params, self._weights_id = params, weights_id
+
     def release(self) -> None:
         """Drops every device array."""
+        self.release_state()
+        self.release_params()
+
+    def release_state(self) -> None:
+        """Drops KV pages, slots and all that samplers keep, until `reset`."""
         self._state = None
-        self.params = None
         for sampler in self._samplers.alive():
             sampler.seats = None
+
+    def release_params(self) -> None:
+        """Drops the parameters, until `swap`; arrays somebody else holds stay where they are."""
+        self.params = None
 
     def _is_fused(self, plan: StepPlan, sampler: LiveSampler) -> bool:
         """Whether the plan's programs have this sampler in them; if not yet, has them made."""
@@ -580,7 +618,9 @@ class Runner:
         is_demanded: bool = False,
     ) -> StepHandle:
         is_demanded |= any(self._wants_lists.get(row.slot) for row in plan.rows)
-        return StepHandle(plan, drawn, scores, hidden, is_demanded=is_demanded)
+        return StepHandle(
+            plan, drawn, scores, hidden, is_demanded=is_demanded, weights_id=self._weights_id
+        )
 
     def _note_wishes(self, plan: StepPlan) -> None:
         """Remembers, by slot, what the plans themselves do not say."""
