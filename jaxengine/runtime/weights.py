@@ -207,6 +207,155 @@ def merge_named(
     merged: dict[tuple[Any, ...], Any] = {} if current is None else _flatten(current)
     for key, leaf in _flatten(target).items():
         path = ".".join(map(str, key))
+        names = [name for name in arrays.keys() & parts.keys() if parts[name].path == path]
+        names.sort(key=lambda name: parts[name].start)
+        pieces = [(parts[name].start, jnp.asarray(arrays[name], leaf.dtype)) for name in names]
+        if sum(len(piece) for _, piece in pieces) == leaf.shape[0]:
+                    merged = [piece for _, piece in sorted(waiting.pop(path), key=lambda p: p[0])]
+                    host = merged[0] if len(merged) == 1 else np.concatenate(merged)
+                    loaded[path] = jax.device_put(host.astype(leaf.dtype), leaf.sharding)
+    flat = {key: loaded[".".join(map(str, key))] for key in _flatten(target)}
+    return traverse_util.unflatten_dict(flat)
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = [folder / name for name in names]
+    else:
+        shards = sorted(folder.glob("*.safetensors"))
+    missing = [shard.name for shard in shards if not shard.exists()]
+    if missing or not shards:
+        raise WeightsError(
+            f"No safetensors weights in {folder}"
+            + (f": its index names {', '.join(missing)}." if missing else ".")
+            + " Download the whole checkpoint, or pass load_format='dummy' for random weights."
+        )
+    return shards
+
+
+def _check(shards: list[Path], parts: Mapping[str, WeightPart], folder: Path) -> None:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in shards:
+        with safe_open(shard, framework="numpy") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    _check_shapes(shapes, parts, f"The weights in {folder} do not fit its config.json.")
+
+
+def _check_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    parts: Mapping[str, WeightPart],
+    headline: str,
+    *,
+    is_partial: bool = False,
+) -> None:
+    missing = [] if is_partial else sorted(parts.keys() - shapes.keys())
+    # A tied checkpoint may still carry its output projection, and old ones rotary buffers.
+    unexpected = sorted(
+        name
+        for name in shapes.keys() - parts.keys()
+        if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")
+    )
+    misshapen = [
+        f"{name} is {shapes[name]}, expected {part.shape}"
+        for name, part in sorted(parts.items())
+        if name in shapes and shapes[name] != part.shape
+    ]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}"
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("misshapen", misshapen),
+        )
+        if names
+    ]
+    if problems:
+        raise WeightsError(f"{headline} {'; '.join(problems)}.")
+
+
+def random_params(target: Params, seed: int = 0) -> Params:
+    """Random weights of the right shapes and small scale; norms are about one.
+
+    Made of one block of noise, read from another place for every leaf, so that gigabytes of them
+    take no longer than copying does.
+    """
+    rng = np.random.default_rng(seed)
+    noise = 0.02 * rng.standard_normal(NOISE_LEN, np.float32)
+
+    def leaf(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        is_norm = len(shape.shape) == 1
+        block = np.roll(1.0 + noise if is_norm else noise, rng.integers(NOISE_LEN))
+        host = np.resize(block.astype(shape.dtype), shape.shape)
+        return jax.device_put(host, shape.sharding)
+
+    return jax.tree.map(leaf, target)
+
+
+NOISE_LEN = 4_194_301
+"""A prime, so that no two rows of a repeated block are alike."""
+
+
+def check_params(params: Params, target: Params) -> Params:
+    """Puts arrays of the user's own tree on the mesh; no copy where they already fit.
+
+    Raises:
+      WeightsError: Names every missing, unexpected and misshapen leaf at once.
+    """
+    got, want = _flatten(params), _flatten(target)
+    name = {key: ".".join(map(str, key)) for key in got.keys() | want.keys()}
+    problems = [f"missing {name[key]}" for key in want.keys() - got.keys()]
+    problems += [f"unexpected {name[key]}" for key in got.keys() - want.keys()]
+    problems += [
+        f"{name[key]} is {np.shape(got[key])}, expected {want[key].shape}"
+        for key in want.keys() & got.keys()
+        if np.shape(got[key]) != want[key].shape
+    ]
+    problems += [
+        f"{name[key]} is {leaf.dtype}, expected a float"
+        for key, leaf in got.items()
+        if not jnp.issubdtype(getattr(leaf, "dtype", np.asarray(leaf).dtype), jnp.floating)
+    ]
+    if problems:
+        raise WeightsError("`params` do not fit the model config: " + "; ".join(sorted(problems)))
+    placed = {
+        key: jax.device_put(jnp.asarray(got[key], leaf.dtype), leaf.sharding)
+        for key, leaf in want.items()
+    }
+    return traverse_util.unflatten_dict(placed)
+
+
+def merge_named(
+    tensors: Mapping[str, Any],
+    parts: Mapping[str, WeightPart],
+    current: Params | None,
+    target: Params,
+    *,
+    is_partial: bool,
+) -> Params:
+    """New parameters of tensors under their checkpoint names; what they leave out stays as it is.
+
+    Args:
+      tensors: numpy or jax arrays, or whatever speaks DLPack.
+      parts: Where each goes.
+      current: The parameters so far; only read. None where all are given.
+      target: Abstract parameters with shardings.
+      is_partial: Names may be missing.
+
+    Raises:
+      WeightsError: Names every missing, unexpected and misshapen tensor at once.
+    """
+    arrays = {name: _as_array(tensor) for name, tensor in tensors.items()}
+    headline = "The tensors do not fit the model."
+    shapes = {name: array.shape for name, array in arrays.items()}
+    _check_shapes(shapes, parts, headline, is_partial=is_partial)
+    integers = [n for n, x in arrays.items() if not jnp.issubdtype(x.dtype, jnp.floating)]
+    if integers:
+        raise WeightsError(f"{headline} {len(integers)} are no floats: {', '.join(integers[:20])}.")
+    merged: dict[tuple[Any, ...], Any] = {} if current is None else _flatten(current)
+    for key, leaf in _flatten(target).items():
+        path = ".".join(map(str, key))
         pieces = sorted(
             (parts[name].start, jnp.asarray(arrays[name], leaf.dtype))
             for name in arrays.keys() & parts.keys()
