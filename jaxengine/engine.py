@@ -13,7 +13,9 @@ from jaxengine import build as builder
 from jaxengine.call import Call
 from jaxengine.chat import render
 from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.defaults import default_params, with_defaults
 from jaxengine.errors import RequestError
+from jaxengine.locate import locate
 from jaxengine.log import logger
 from jaxengine.pooling import (
     ONE_STEP,
@@ -31,7 +33,7 @@ from jaxengine.sampling.processor import with_processor
 from jaxengine.sglang_names import SGLangNames
 from jaxengine.submit import Submitter
 from jaxengine.text.detokenizer import Vocabulary
-from jaxengine.text.tokenizer import eos_token_ids, load_tokenizer
+from jaxengine.text.tokenizer import eos_token_ids, load_tokenizer, set_chat_template
 from jaxengine.weight_sources import WeightSources
 from jaxengine.worker import Worker
 
@@ -52,7 +54,7 @@ class Engine(SGLangNames):
 
     def __init__(
         self,
-        model_path: str | os.PathLike[str] = "",
+        model_path: str | os.PathLike[str] | EngineConfig = "",
         *,
         sampler: Any = None,
         params: dict[str, Any] | None = None,
@@ -63,12 +65,13 @@ class Engine(SGLangNames):
         """Loads a model and starts the engine.
 
         Args:
-          model_path: Folder of a checkpoint, or a hub id.
+          model_path: Folder of a checkpoint, a hub id, or a GGUF file; or a whole `EngineConfig`,
+            as `EngineConfig.from_toml` reads a preset.
           sampler: What turns logits into tokens; SGLang's chain when None.
           params: The model's arrays, as `jaxengine.models` names them, instead of a checkpoint.
           model_config: Shape of `params`; needed with them.
           tokenizer: A Hugging Face tokenizer instead of the checkpoint's.
-          **settings: Fields of `EngineConfig`; other names of SGLang are ignored with a warning.
+          **settings: Fields of `EngineConfig`, and other names of SGLang: see `jaxengine.compat`.
 
         Raises:
           TypeError: For a setting nobody knows.
@@ -78,7 +81,10 @@ class Engine(SGLangNames):
         """
         started = time.perf_counter()
         self._finalizer: weakref.finalize | None = None
-        config = EngineConfig.from_kwargs({"model_path": str(model_path), **settings})
+        given = {"model_path": str(model_path)}
+        if isinstance(model_path, EngineConfig):
+            given = model_path.settings()
+        config = EngineConfig.from_kwargs({**given, **settings})
         if (params is None) != (model_config is None):
             raise TypeError("`params` and `model_config` go together; pass both or neither.")
         if "log_level" in settings:
@@ -86,8 +92,10 @@ class Engine(SGLangNames):
         progress = sys.stderr.isatty() if config.progress is None else config.progress
         self.tokenizer = tokenizer
         if tokenizer is None and not config.skip_tokenizer_init and params is None:
-            folder = config.tokenizer_path or builder.resolve_folder(config)
+            folder = config.tokenizer_path or locate(config)
             self.tokenizer = load_tokenizer(folder, config.trust_remote_code, config.revision)
+        if self.tokenizer is not None:
+            set_chat_template(self.tokenizer, config.chat_template, config.hf_chat_template_name)
         vocabulary = Vocabulary(self.tokenizer) if self.tokenizer is not None else None
         own = default_sampler() if sampler is None else as_sampler(sampler)
         built = builder.build(
@@ -98,6 +106,12 @@ class Engine(SGLangNames):
         self._programs, self._core, self._built_seconds = built.programs, built.core, built.seconds
         self._samplers, self._runner = built.samplers, built.runner
         try:
+            self._default_params = default_params(
+                config,
+                self._samplers.own.steps.sampler.params,
+                vocab_size=self.model_config.vocab_size,
+                tokenizer=self.tokenizer,
+            )
             self._worker = Worker(built.core, built.runner.release)
             self._residency = Residency(
                 self._worker, built.core, built.runner, self.config.weight_version
@@ -601,7 +615,7 @@ class Engine(SGLangNames):
         live = self._live_sampler(sampler, custom_logit_processor, capture, size)
         parsed = parse_call(
             prompt,
-            sampling_params,
+            with_defaults(sampling_params, self._default_params, live.steps.sampler.params),
             input_ids,
             companions=companions,
             specs=live.steps.sampler.params,

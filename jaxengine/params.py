@@ -5,7 +5,6 @@ sampler, which publishes them as `Param`s. Knows nothing of jax.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import reprlib
 import secrets
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxengine.compat import SAMPLING_PARAMETERS, nearest
 from jaxengine.errors import RequestError
 from jaxengine.types import MAX_STOP_TOKEN_IDS, Param
 
@@ -26,13 +26,6 @@ SAMPLER_FIELDS = frozenset(
     """.split()
 )
 """Fields of `SamplingParams` that exist when the engine's sampler publishes them."""
-
-UNSUPPORTED_PARAMS = frozenset(
-    """
-    beam_width ebnf json_schema regex structural_tag
-    """.split()
-)
-"""Keys of SGLang whose feature does not exist here yet; a set value is refused by name."""
 
 type Number = int | float
 
@@ -215,13 +208,13 @@ def _check_names(given: Mapping[str, Any], known: set[str], place: str) -> None:
     for name in given.keys() - known:
         if name in SAMPLER_FIELDS:
             raise TypeError(f"`{name}`{place} is not a parameter of this engine's sampler.")
-        if name not in UNSUPPORTED_PARAMS:
-            near = difflib.get_close_matches(str(name), known | UNSUPPORTED_PARAMS, n=1)
-            hint = f"; did you mean `{near[0]}`?" if near else "."
-            raise TypeError(f"Unknown sampling parameter `{name}`{place}{hint}")
-        value = given[name]
-        if value is not None and not (isinstance(value, str | list | tuple | dict) and not value):
-            raise RequestError(f"`{name}`{place} is not supported by jaxengine yet; leave it out.")
+        refused = SAMPLING_PARAMETERS.get(name)
+        if refused is None or refused.fate != "refused":
+            near = nearest(str(name), known | SAMPLING_PARAMETERS.keys())
+            raise TypeError(f"Unknown sampling parameter `{name}`{place}{near}")
+        if refused.is_asked_for(given[name]):
+            why = f"is not supported: {refused.why}. Leave it out."
+            raise RequestError(f"`{name}`{place} {why}")
 
 
 def _check_together(host: Mapping[str, Any], place: str, *, has_tokenizer: bool) -> None:

@@ -3,7 +3,7 @@
 All of a call is checked before any of it is queued. Knows nothing of tokenising and of jax.
 """
 
-import difflib
+import functools
 import reprlib
 import uuid
 from collections.abc import Hashable, Mapping
@@ -13,29 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxengine.compat import GENERATE_ARGUMENTS, SAMPLING_PARAMETERS, nearest
 from jaxengine.errors import RequestError
+from jaxengine.log import logger
 from jaxengine.params import ParsedParams, SamplingParams, parse_sampling_params
 from jaxengine.types import MAX_LOGPROB_IDS, HiddenFormat, HiddenStates, Param
 
-_UNSUPPORTED_ARGUMENTS: dict[str, Any] = dict.fromkeys(
-    """
-    audio_data bootstrap_host bootstrap_port bootstrap_room cache_salt
-    data_parallel_rank disagg_prefill_dp_rank external_trace_header extra_key image_data
-    kv_router_hint lora_path max_thinking_tokens mm_content_hashes mm_hashes
-    modalities positional_embed_overrides priority require_reasoning return_flat_raw_top_logprobs
-    return_routed_experts return_sampling_mask
-    routed_dp_rank session_id session_params video_data
-    """.split()
-) | {"routed_experts_start_len": 0}
-"""SGLang's arguments whose feature does not exist here yet, and the number that asks for none."""
-
-_ARGUMENTS = tuple(
-    """
-    capture companions custom_logit_processor hidden_states_format input_embeds input_ids
-    logprob_start_len prompt return_hidden_states return_logprob return_prompt_token_ids
-    return_text_in_logprobs rid sampler sampling_params stream token_ids_logprob top_logprobs_num
-    """.split()
-)
+_OWN_ARGUMENTS = ("capture", "companions", "hidden_states_format", "sampler")
+"""Arguments SGLang does not have."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -199,27 +184,22 @@ def group_size(prompt: Any, input_ids: Any, companions: Any) -> int:
 
 def _check_others(others: Mapping[str, Any], specs: Mapping[str, Param]) -> None:
     for name, value in others.items():
-        if name in _UNSUPPORTED_ARGUMENTS:
-            if not _asks_for_nothing(value, _UNSUPPORTED_ARGUMENTS[name]):
-                raise RequestError(f"`{name}` is not supported by jaxengine yet; leave it out.")
-            continue
-        if name in specs or name in SamplingParams.__dataclass_fields__:
-            hint = "; it is a sampling parameter: put it into `sampling_params`."
-        elif near := difflib.get_close_matches(name, [*_ARGUMENTS, *_UNSUPPORTED_ARGUMENTS], 1):
-            hint = f"; did you mean `{near[0]}`?"
-        else:
-            hint = "."
-        raise TypeError(f"generate() got an unexpected keyword argument `{name}`{hint}")
+        known = GENERATE_ARGUMENTS.get(name)
+        if known is None or known.fate == "honoured":
+            if name in specs or name in SAMPLING_PARAMETERS:
+                hint = "; it is a sampling parameter: put it into `sampling_params`."
+            else:
+                hint = nearest(name, (*_OWN_ARGUMENTS, *GENERATE_ARGUMENTS))
+            raise TypeError(f"generate() got an unexpected keyword argument `{name}`{hint}")
+        if known.fate == "ignored":
+            _warn_once(name, known.why)
+        elif known.is_asked_for(value):
+            raise RequestError(f"`{name}` is not supported: {known.why}. Leave it out.")
 
 
-def _asks_for_nothing(value: Any, default: Any) -> bool:
-    if value is None or value is False:
-        return True
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value == default
-    if isinstance(value, list | tuple):
-        return all(_asks_for_nothing(item, default) for item in value)
-    return isinstance(value, str | dict) and not value
+@functools.cache
+def _warn_once(name: str, why: str) -> None:
+    logger.warning("`%s` is ignored: %s.", name, why)
 
 
 def _place(name: str, index: int, is_list: bool) -> str:

@@ -16,20 +16,32 @@ ALLOWED = {
     "errors": set(),
     "log": set(),
     "types": {"errors"},
-    "params": {"errors", "log", "types"},
+    "params": {"compat", "errors", "log", "types"},
     "compat": set(),
     "config": {"compat", "errors", "log", "types"},
     "utils": BASE,
+    "gguf_file": BASE,
     "pallas_kernels": set(),
     "scheduler": BASE,
-    "text": BASE,
+    "text": BASE | {"gguf_file"},
     "nn": BASE | {"pallas_kernels"},
     "sampling": BASE | {"pallas_kernels"},
     "models": BASE | {"nn"},
     "runtime": BASE
-    | {"pallas_kernels", "nn", "models", "sampling", "scheduler.buckets", "scheduler.plan"},
+    | {
+        "gguf_file",
+        "pallas_kernels",
+        "nn",
+        "models",
+        "sampling",
+        "scheduler.buckets",
+        "scheduler.plan",
+    },
+    "locate": BASE | {"gguf_file", "models"},
     "core": BASE | {"scheduler", "runtime"},
-    "build": BASE | {"core", "models", "nn", "runtime", "sampling", "scheduler"},
+    "build": BASE
+    | {"core", "gguf_file", "locate", "models", "nn", "runtime", "sampling", "scheduler"},
+    "defaults": BASE | {"locate"},
     "requests": BASE,
     "call": BASE | {"channel"},
     "channel": BASE,
@@ -46,6 +58,8 @@ ALLOWED = {
     "engine": BASE
     | {
         "build",
+        "defaults",
+        "locate",
         "call",
         "chat",
         "pooling",
@@ -66,6 +80,7 @@ ALLOWED = {
 }
 HOST_ONLY = BASE | {
     "call",
+    "gguf_file",
     "channel",
     "chat",
     "hidden",

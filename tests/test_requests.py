@@ -121,7 +121,7 @@ BAD_CALLS = [
         {"prompt": ["a"], "return_logprob": [True] * 2},
         "`return_logprob` has 2 entries for 1 prompts",
     ),
-    ({"prompt": "a", "lora_path": "x"}, "`lora_path` is not supported by jaxengine yet"),
+    ({"prompt": "a", "lora_path": "x"}, "`lora_path` is not supported: LoRA"),
     ({"prompt": "a", "image_data": np.ones(3)}, "`image_data` is not supported"),
 ]
 

@@ -1,6 +1,5 @@
-"""Checkpoints to device arrays: safetensors by shard, Orbax, random; never a second host copy."""
+"""Checkpoints to device arrays: tensor by tensor, Orbax, random; never a second host copy."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -10,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
-from safetensors import safe_open
-from tqdm.auto import tqdm
 
 from jaxengine.errors import WeightsError
 from jaxengine.models import WeightPart
 from jaxengine.models.family import BoundModel, Params
+from jaxengine.runtime.checkpoints import Checkpoint
 from jaxengine.runtime.sharding import param_sharding
 
 ORBAX_FOLDER = "orbax"
@@ -32,66 +30,37 @@ def place(model: BoundModel, mesh: Mesh) -> Params:
     )
 
 
-def load_safetensors(
-    folder: Path, parts: Mapping[str, WeightPart], target: Params, *, progress: bool
+def load_checkpoint(
+    checkpoint: Checkpoint, parts: Mapping[str, WeightPart], target: Params, *, progress: bool
 ) -> Params:
-    """Streams a Hugging Face checkpoint to the device, one merged parameter at a time.
+    """Streams a checkpoint to the device, one merged parameter at a time.
 
     Args:
-      folder: Holds `model.safetensors`, or shards with `model.safetensors.index.json`.
-      parts: Where each checkpoint tensor goes.
+      checkpoint: Tensors under their Hugging Face names.
+      parts: Where each of them goes.
       target: Abstract parameters with shardings.
-      progress: Show SGLang's shard bar.
+      progress: Show a bar.
 
     Raises:
       WeightsError: Names every missing, unexpected and misshapen tensor at once.
     """
-    shards = _shards(folder)
-    _check(shards, parts, folder)
+    headline = f"The weights in {checkpoint.place} do not fit its config."
+    _check_shapes(checkpoint.shapes(), parts, headline)
     wanted = {".".join(map(str, k)): v for k, v in _flatten(target).items()}
+    [dtype] = {leaf.dtype for leaf in wanted.values()}
     loaded: dict[str, jax.Array] = {}
     waiting: dict[str, list[tuple[int, np.ndarray]]] = {}
-    bar = tqdm(shards, desc="Loading safetensors checkpoint shards", disable=not progress)
-    for shard in bar:
-        with safe_open(shard, framework="numpy") as file:
-            for name in file.keys():
-                if name not in parts:
-                    continue
-                path, start, _ = parts[name]
-                pieces = waiting.setdefault(path, [])
-                pieces.append((start, file.get_tensor(name)))
-                leaf = wanted[path]
-                if sum(len(piece) for _, piece in pieces) == leaf.shape[0]:
-                    merged = [piece for _, piece in sorted(waiting.pop(path), key=lambda p: p[0])]
-                    host = merged[0] if len(merged) == 1 else np.concatenate(merged)
-                    loaded[path] = jax.device_put(host.astype(leaf.dtype), leaf.sharding)
+    for name, tensor in checkpoint.read(parts.keys(), dtype, progress=progress):
+        path, start, _ = parts[name]
+        pieces = waiting.setdefault(path, [])
+        pieces.append((start, tensor))
+        leaf = wanted[path]
+        if sum(len(piece) for _, piece in pieces) == leaf.shape[0]:
+            merged = [piece for _, piece in sorted(waiting.pop(path), key=lambda p: p[0])]
+            host = merged[0] if len(merged) == 1 else np.concatenate(merged)
+            loaded[path] = jax.device_put(host.astype(leaf.dtype, copy=False), leaf.sharding)
     flat = {key: loaded[".".join(map(str, key))] for key in _flatten(target)}
     return traverse_util.unflatten_dict(flat)
-
-
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        shards = [folder / name for name in names]
-    else:
-        shards = sorted(folder.glob("*.safetensors"))
-    missing = [shard.name for shard in shards if not shard.exists()]
-    if missing or not shards:
-        raise WeightsError(
-            f"No safetensors weights in {folder}"
-            + (f": its index names {', '.join(missing)}." if missing else ".")
-            + " Download the whole checkpoint, or pass load_format='dummy' for random weights."
-        )
-    return shards
-
-
-def _check(shards: list[Path], parts: Mapping[str, WeightPart], folder: Path) -> None:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for shard in shards:
-        with safe_open(shard, framework="numpy") as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    _check_shapes(shapes, parts, f"The weights in {folder} do not fit its config.json.")
 
 
 def _check_shapes(
