@@ -26,6 +26,7 @@ from jaxengine.pooling import (
     score_prompts,
 )
 from jaxengine.requests import group_size, parse_call
+from jaxengine.profiling import Profile
 from jaxengine.residency import Residency, Running
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.sampling import as_sampler, default_sampler
@@ -81,6 +82,7 @@ class Engine(SGLangNames):
         """
         started = time.perf_counter()
         self._finalizer: weakref.finalize | None = None
+        self._profile: Profile | None = None
         given = {"model_path": str(model_path)}
         if isinstance(model_path, EngineConfig):
             given = model_path.settings()
@@ -391,6 +393,31 @@ class Engine(SGLangNames):
     def wait_until_compiled(self) -> None:
         """Waits until every program is ready, so that nothing after is slowed by compiling."""
         self._programs.wait(all_of_them=True)
+
+    def start_profile(self, output_dir: str | None = None, **others: Any) -> None:
+        """Starts a trace of the process; its steps are named by bucket, "decode_b32_p64_k8".
+
+        Args:
+          output_dir: Folder it will be written to; a fresh temporary one when None.
+          **others: What SGLang's torch profiler takes is ignored, with a warning.
+
+        Raises:
+          RuntimeError: If one is under way in this process.
+        """
+        for name in others:
+            logger.warning("`%s` of start_profile is ignored: JAX's profiler has no such.", name)
+        self._profile = Profile(output_dir)
+
+    def stop_profile(self) -> str:
+        """Writes the trace, and gives the path of the file to open at ui.perfetto.dev.
+
+        Raises:
+          RuntimeError: If none is under way.
+        """
+        if self._profile is None:
+            raise RuntimeError("No profile is under way; call `start_profile` first.")
+        profile, self._profile = self._profile, None
+        return str(profile.stop())
 
     def get_model_info(self) -> dict[str, Any]:
         """Which model this is, in SGLang's words, and its shape."""

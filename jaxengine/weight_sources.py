@@ -11,6 +11,7 @@ from flax import nnx
 from jaxengine import build
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.errors import WeightsError
+from jaxengine.locate import locate, read_model_config
 from jaxengine.models import MODELS
 from jaxengine.models.family import Params
 from jaxengine.runtime import weights
@@ -57,7 +58,7 @@ class WeightSources:
 
     def _load(self, path: str) -> Params:
         config = dataclasses.replace(self._config, model_path=path, load_format="auto")
-        shape = build.read_model_config(build.resolve_folder(config))
+        shape = read_model_config(locate(config), config.model_overrides)
         same = dataclasses.replace(
             shape, dtype=self._model.dtype, eos_token_ids=self._model.eos_token_ids
         )

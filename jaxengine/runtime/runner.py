@@ -318,6 +318,10 @@ class StepHandle:
 
     def result(self) -> StepResult:
         """Waits for the device, and gives what was copied: one copy for the whole step."""
+        with jax.profiler.TraceAnnotation(f"read {_label(self.plan)}"):
+            return self._result()
+
+    def _result(self) -> StepResult:
         parts = [(part, self._unpack(part)) for part in self._drawn]
         if len(parts) == 1:
             leaves = {name: leaf[: len(self.plan.rows)] for name, leaf in parts[0][1].items()}
@@ -431,6 +435,10 @@ class Runner:
 
     def dispatch(self, plan: StepPlan) -> StepHandle:
         """Hands a plan to the device and returns before it has run."""
+        with jax.profiler.TraceAnnotation(_label(plan)):
+            return self._dispatch(plan)
+
+    def _dispatch(self, plan: StepPlan) -> StepHandle:
         self._note_wishes(plan)
         rows = zip(plan.rows, plan.draws, strict=True)
         drawing = sorted({row.sampler_id for row, draws in rows if draws})
@@ -684,6 +692,13 @@ def _key(plan: StepPlan, sampler: LiveSampler) -> ProgramKey:
     is_prefill = isinstance(plan, PrefillPlan)
     kind, size = ("prefill", plan.num_tokens) if is_prefill else ("decode", plan.num_rows)
     return ProgramKey(kind, size, plan.num_pages, sampler.steps.owner)
+
+
+def _label(plan: StepPlan) -> str:
+    """A step's name in a profile."""
+    if isinstance(plan, PrefillPlan):
+        return f"prefill_t{plan.num_tokens}_p{plan.num_pages}"
+    return f"decode_b{plan.num_rows}_p{plan.num_pages}_k{plan.num_steps}"
 
 
 def _zeros(shapes: Any) -> Any:
