@@ -25,8 +25,8 @@ from jaxengine.pooling import (
     read_scores,
     score_prompts,
 )
-from jaxengine.requests import group_size, parse_call
 from jaxengine.profiling import Profile
+from jaxengine.requests import group_size, parse_call
 from jaxengine.residency import Residency, Running
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.sampling import as_sampler, default_sampler
