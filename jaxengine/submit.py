@@ -276,6 +276,7 @@ def _collector(request: PromptRequest, sample: SequenceRequest) -> HiddenCollect
         request.hidden_states,
         request.hidden_format,
         len(sample.prompt_ids),
+        sample.max_new_tokens,
         may_be_cut=bool(request.params.stop or request.params.stop_regex),
     )
 

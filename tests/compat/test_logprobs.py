@@ -72,7 +72,7 @@ def test_a_mixture_in_one_batch(engine: Any):
 
 
 def test_decode_and_prefill_agree(engine: Any):
-    """`test_logprob_match`: what was drawn, fed as a prompt, has the same logprobs (SGLang: 0.35)."""
+    """`test_logprob_match`: what was drawn has the same logprobs as a prompt (SGLang: 0.35)."""
     params = {"temperature": 1, "max_new_tokens": 30, "ignore_eos": True, "seed": 3}
     output = engine.generate(input_ids=PROMPT, sampling_params=params, return_logprob=True)
     drawn = output["meta_info"]["output_token_logprobs"]

@@ -26,7 +26,7 @@ def test_cached_tokens_are_exact(engine: Any):
     prompt = tiny.prompts_of(100, seed=71)[0]
     outputs = [engine.generate(input_ids=prompt, sampling_params=GREEDY) for _ in range(2)]
     assert [cached(output) for output in outputs] == [0, 99 // PAGE * PAGE]
-    longer = engine.generate(input_ids=prompt[:50] + [5], sampling_params=GREEDY)
+    longer = engine.generate(input_ids=[*prompt[:50], 5], sampling_params=GREEDY)
     assert cached(longer) == 48
     with_logprobs = engine.generate(
         input_ids=prompt, sampling_params=GREEDY, return_logprob=True, logprob_start_len=40
