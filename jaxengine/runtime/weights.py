@@ -178,16 +178,23 @@ def merge_named(
         path = ".".join(map(str, key))
         names = [name for name in arrays.keys() & parts.keys() if parts[name].path == path]
         names.sort(key=lambda name: parts[name].start)
-        pieces = [(parts[name].start, jnp.asarray(arrays[name], leaf.dtype)) for name in names]
+        pieces = [(parts[name].start, arrays[name].astype(leaf.dtype)) for name in names]
         if sum(len(piece) for _, piece in pieces) == leaf.shape[0]:
-            whole = [piece for _, piece in pieces]
-            new = whole[0] if len(whole) == 1 else jnp.concatenate(whole)
+            new = _joined([piece for _, piece in pieces])
         else:
             new = merged[key]
             for start, piece in pieces:
                 new = new.at[start : start + len(piece)].set(piece)
         merged[key] = jax.device_put(new, leaf.sharding)
     return traverse_util.unflatten_dict(merged)
+
+
+def _joined(pieces: list[Any]) -> Any:
+    """On the host if they are there: joining on the device would compile for every shape."""
+    if len(pieces) == 1:
+        return pieces[0]
+    is_host = all(isinstance(piece, np.ndarray) for piece in pieces)
+    return (np if is_host else jnp).concatenate(pieces)
 
 
 def named(name: str, parts: Mapping[str, WeightPart], params: Params) -> jax.Array | None:

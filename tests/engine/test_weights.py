@@ -58,7 +58,8 @@ def test_a_trainers_own_arrays_are_used_as_they_are(live: Any):
 
 
 def test_tensors_by_their_checkpoint_names(live: Any):
-    live.update_weights({name: jax.numpy.asarray(x) for name, x in NEW.items()})
+    on_device = {name: jax.numpy.asarray(NEW[name]) for name in ("lm_head.weight",)}
+    live.update_weights({**NEW, **on_device})
     assert_has(live, NEW)
 
 
@@ -160,7 +161,8 @@ def test_memory_comes_back_and_who_came_meanwhile_is_answered(live: Any, tags: A
         assert not waiting.done()
         live.resume_memory(tags)
         tiny.assert_greedy(PROMPT, waiting.result()["output_ids"])
-    assert waiting.result()["meta_info"]["cached_tokens"] == 0
+    # Pages that stayed are those of the same weights.
+    assert waiting.result()["meta_info"]["cached_tokens"] == (32 if tags == ["weights"] else 0)
     assert_has(live, OLD, "old")
 
 
