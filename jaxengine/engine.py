@@ -128,6 +128,7 @@ class Engine(SGLangNames):
                 max_total_tokens=built.limits.max_total_tokens,
                 random_seed=config.random_seed,
                 weight_versions=self._residency.versions,
+                allow_auto_truncate=config.allow_auto_truncate,
                 stream_interval=config.stream_interval,
             )
             # Calls under way hold it, too: the engine stops when nobody wants anything of it.

@@ -13,6 +13,7 @@ from jaxengine.call import Call
 from jaxengine.channel import Channel
 from jaxengine.errors import PromptTooLongError, RequestError
 from jaxengine.hidden import HiddenCollector
+from jaxengine.log import logger
 from jaxengine.outputs import SequenceOutput
 from jaxengine.params import SamplingParams, derive_seed, fresh_seed
 from jaxengine.requests import ParsedCall, PromptRequest
@@ -40,6 +41,7 @@ class Submitter:
         max_total_tokens: int,
         random_seed: int | None,
         weight_versions: Sequence[str],
+        allow_auto_truncate: bool,
         stream_interval: int = 1,
     ) -> None:
         """Starts with nothing in flight.
@@ -53,6 +55,7 @@ class Submitter:
           max_total_tokens: Tokens the KV pages hold.
           random_seed: Seed from which requests without one draw theirs; fresh ones when None.
           weight_versions: Names of all weights there have been; grows.
+          allow_auto_truncate: Prompts that are too long lose their end.
           stream_interval: Tokens between two outputs of a stream, where a request does not say.
         """
         self._worker = worker
@@ -63,6 +66,7 @@ class Submitter:
         self._eos = eos_token_ids
         self._context_length = context_length
         self._max_total_tokens = max_total_tokens
+        self._allow_auto_truncate = allow_auto_truncate
         self._seeds = None if random_seed is None else np.random.default_rng(random_seed)
         self._seq_ids = itertools.count()
         self._rids: dict[str, list[SequenceRequest]] = {}
@@ -77,7 +81,7 @@ class Submitter:
         Raises:
           RequestError: For a prompt that does not fit, or has no tokens.
         """
-        prompt_ids = self._tokenize(parsed)
+        prompt_ids = map(self._fitted, self._tokenize(parsed), parsed.requests)
         return [
             self._sequence(request, ids, sample, live, is_streaming=is_streaming)
             for request, ids in zip(parsed.requests, prompt_ids, strict=True)
@@ -149,6 +153,14 @@ class Submitter:
             if not row:
                 raise RequestError(f"Prompt {request.index} has no tokens: {request.text!r}.")
         return [np.asarray(row, np.int32) for row in rows]
+
+    def _fitted(self, ids: np.ndarray, request: PromptRequest) -> np.ndarray:
+        """The prompt, without its end where that is allowed and leaves room for one token."""
+        most = min(self._context_length, self._max_total_tokens) - 1
+        if not self._allow_auto_truncate or len(ids) <= most or request.embeds is not None:
+            return ids
+        logger.warning("Prompt %d of %d tokens is cut to %d.", request.index, len(ids), most)
+        return ids[:most]
 
     def _sequence(
         self,
