@@ -25,6 +25,7 @@ from jaxengine.runtime import weights
 from jaxengine.runtime.checkpoints import open_checkpoint
 from jaxengine.runtime.forward import Forward
 from jaxengine.runtime.kv_cache import max_num_pages
+from jaxengine.runtime.program_factory import ProgramFactory
 from jaxengine.runtime.programs import (
     IDLE,
     ExecutableCache,
@@ -33,7 +34,7 @@ from jaxengine.runtime.programs import (
     default_cache_dir,
     fingerprint,
 )
-from jaxengine.runtime.runner import ProgramFactory, Runner
+from jaxengine.runtime.runner import Runner
 from jaxengine.runtime.samplers import Samplers
 from jaxengine.runtime.sharding import make_mesh
 from jaxengine.runtime.slots import sampler_layout, slot_layout
