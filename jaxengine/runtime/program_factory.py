@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from jaxengine.models.family import Params
 from jaxengine.runtime import batch
 from jaxengine.runtime.decode_loop import SamplerSteps
+from jaxengine.runtime.executables import GPU_WINDOW_OPTIONS, ProgramSpec
 from jaxengine.runtime.forward import Embeds, Forward
 from jaxengine.runtime.kv_cache import abstract_kv_cache
-from jaxengine.runtime.programs import GPU_WINDOW_OPTIONS, ProgramKey, ProgramSpec
+from jaxengine.runtime.programs import ProgramKey
 from jaxengine.runtime.sharding import kv_sharding, replicated
 from jaxengine.runtime.state import COUNT_DTYPE, DeviceState, Seats
 

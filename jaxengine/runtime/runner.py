@@ -11,9 +11,10 @@ import numpy as np
 from jaxengine.errors import EngineDeadError, SamplerError
 from jaxengine.models.family import Params
 from jaxengine.runtime import batch
+from jaxengine.runtime.executables import ProgramSpec
 from jaxengine.runtime.forward import Embeds, Hidden
 from jaxengine.runtime.program_factory import HIDDEN_DECODE, ProgramFactory, Specs
-from jaxengine.runtime.programs import IDLE, LATER, ProgramKey, Programs, ProgramSpec
+from jaxengine.runtime.programs import IDLE, LATER, ProgramKey, Programs
 from jaxengine.runtime.samplers import LiveSampler, Samplers
 from jaxengine.runtime.state import DeviceState, Seats
 from jaxengine.runtime.step_handle import Drawn, StepHandle, label
