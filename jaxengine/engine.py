@@ -495,31 +495,6 @@ class Engine(SGLangNames):
         profile, self._profile = self._profile, None
         return str(profile.stop())
 
-    def get_model_info(self) -> dict[str, Any]:
-        """Which model this is, in SGLang's words, and its shape."""
-        return {
-            "model_path": self.config.model_path,
-            "served_model_name": self.config.served_model_name or self.config.model_path,
-            "is_generation": True,
-            "weight_version": self._residency.version,
-            "load_format": self.config.load_format,
-            **dataclasses.asdict(self.model_config),
-        }
-
-    def get_server_info(self) -> dict[str, Any]:
-        """The resolved settings, the limits that follow from them, and `stats` as SGLang has it."""
-        stats, config = self.stats(), self.config
-        assert config.context_length and config.max_total_tokens, "the config is resolved"
-        return {
-            **dataclasses.asdict(config),
-            "status": "ready",
-            "weight_version": self._residency.version,
-            "max_total_num_tokens": config.max_total_tokens,
-            "max_req_input_len": min(config.context_length, config.max_total_tokens) - 1,
-            "startup_time": self._startup_seconds,
-            "internal_states": [{**stats, "last_gen_throughput": stats["generated_tokens_per_s"]}],
-        }
-
     def stats(self) -> dict[str, Any]:
         """Counts and times since the start.
 

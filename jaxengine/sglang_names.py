@@ -3,6 +3,7 @@
 Failures are returned as SGLang returns them, where it does; our own methods raise.
 """
 
+import dataclasses
 from collections.abc import Collection
 from typing import Any
 
@@ -54,6 +55,31 @@ class SGLangNames:
     def resume_memory_occupation(self: Any, tags: Collection[str] | None = None) -> None:
         """`resume_memory`."""
         self.resume_memory(tags)
+
+    def get_model_info(self: Any) -> dict[str, Any]:
+        """Which model this is, in SGLang's words, and its shape."""
+        return {
+            "model_path": self.config.model_path,
+            "served_model_name": self.config.served_model_name or self.config.model_path,
+            "is_generation": True,
+            "weight_version": self._residency.version,
+            "load_format": self.config.load_format,
+            **dataclasses.asdict(self.model_config),
+        }
+
+    def get_server_info(self: Any) -> dict[str, Any]:
+        """The resolved settings, the limits that follow from them, and `stats` as SGLang has it."""
+        stats, config = self.stats(), self.config
+        assert config.context_length and config.max_total_tokens, "the config is resolved"
+        return {
+            **dataclasses.asdict(config),
+            "status": "ready",
+            "weight_version": self._residency.version,
+            "max_total_num_tokens": config.max_total_tokens,
+            "max_req_input_len": min(config.context_length, config.max_total_tokens) - 1,
+            "startup_time": self._startup_seconds,
+            "internal_states": [{**stats, "last_gen_throughput": stats["generated_tokens_per_s"]}],
+        }
 
     def get_all_child_pids(self) -> list[int]:
         """None: the engine is this process."""
