@@ -52,18 +52,14 @@ def test_greedy_five_times_alone_and_in_a_batch(engine: Any):
     assert len({tuple(output["output_ids"]) for output in (*alone, *batch)}) == 1
 
 
-def forced(token_param: str = "token") -> LogitsTransform:
-    """SGLang's `DeterministicLogitProcessor`: only `custom_params["token_id"]` is left."""
-
-    def apply(logits, state, ctx):
-        ids = jnp.arange(logits.shape[-1])
-        wanted = ctx.token_id[:, None]
-        return jnp.where((wanted < 0) | (ids == wanted), logits, -jnp.inf)
-
-    return LogitsTransform(apply, params={"token_id": Param("int32", -1)})
+def force(logits, state, ctx):
+    """SGLang's `DeterministicLogitProcessor`, which counts a `delay` down in its dict, in one."""
+    ids, wanted = jnp.arange(logits.shape[-1]), ctx.token_id[:, None]
+    is_forced = (wanted >= 0) & (ctx.num_generated >= ctx.delay)[:, None]
+    return jnp.where(is_forced & (ids != wanted), -jnp.inf, logits)
 
 
-FORCED = forced()
+FORCED = LogitsTransform(force, params={"token_id": Param("int32", -1), "delay": Param("int32", 0)})
 
 
 def test_custom_logit_processor_in_a_mixed_batch(engine: Any):
@@ -79,17 +75,13 @@ def test_custom_logit_processor_in_a_mixed_batch(engine: Any):
     assert [o["output_ids"] for o in outputs[1::2]] == [[7] * 6] * 2
 
 
-def test_stateful_custom_logit_processor(engine: Any):
-    """SGLang counts a `delay` down in the request's own dict; here the context counts."""
-
-    def after_delay(logits, ctx):
-        ids = jnp.arange(logits.shape[-1])
-        is_forced = (ctx.num_generated >= 3)[:, None]
-        return jnp.where(is_forced & (ids != 11), -jnp.inf, logits)
-
+def test_a_processor_that_waits(engine: Any):
+    """`test_stateful_custom_logit_processor`: some tokens are free, the others forced."""
     params = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
     ids = engine.generate(
-        input_ids=PROMPT, sampling_params=params, custom_logit_processor=after_delay
+        input_ids=PROMPT,
+        sampling_params={**params, "custom_params": {"token_id": 11, "delay": 3}},
+        custom_logit_processor=FORCED,
     )["output_ids"]
     assert ids[3:] == [11] * 3
     tiny.assert_greedy(PROMPT, ids[:3])

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -159,7 +160,7 @@ def test_with_a_sampler_of_the_calls_own(engine: Any):
     output = engine.generate(
         input_ids=OTHER,
         sampling_params={**GREEDY, "max_new_tokens": 10},
-        sampler=lambda logits, ctx: logits.argmax(-1),
+        sampler=lambda logits, ctx: jnp.argmax(logits, -1),
         return_hidden_states=True,
     )
     tiny.assert_greedy(OTHER, output["output_ids"])
