@@ -398,3 +398,48 @@ SAMPLING_PARAMETERS = _table(
     refused("beam search is not there", "beam_width"),
 )
 """Every sampling parameter of SGLang."""
+
+ONE_PROCESS = "there is one process"
+SEND = (
+    "weights are not sent between processes; train in this one and pass the arrays to "
+    "`update_weights`, or pass it a checkpoint's folder"
+)
+
+METHODS = _table(
+    honoured(
+        """
+        abort_request async_encode async_generate async_score continue_generation encode
+        flush_cache generate get_all_child_pids get_model_info get_server_info get_weights_by_name
+        pause_generation release_memory_occupation resume_memory_occupation score shutdown
+        start_profile stop_profile tokenizer update_weights_from_disk update_weights_from_tensor
+        """
+    ),
+    refused(
+        SEND,
+        """
+        destroy_weights_update_group init_weights_update_group update_weights_from_distributed
+        update_weights_from_ipc
+        """,
+    ),
+    refused("the engine itself has `tokenizer`, `abort_request` and the like", "tokenizer_manager"),
+    refused("no model here reads pairs of texts; see `score`", "rerank"),
+    refused(NO_SESSIONS, "close_session open_session"),
+    refused(
+        NO_LORA,
+        """
+        async_load_lora_adapter async_unload_lora_adapter load_lora_adapter
+        load_lora_adapter_from_tensors unload_lora_adapter
+        """,
+    ),
+    refused(
+        NO_MOE,
+        """
+        dump_expert_distribution_record start_expert_distribution_record
+        stop_expert_distribution_record
+        """,
+    ),
+    refused(ONE_PROCESS + ", so call what you mean", "collective_rpc"),
+    refused(ONE_PROCESS + "; call gc.freeze()", "freeze_gc"),
+    refused("`jaxengine convert` rewrites a checkpoint", "save_remote_model save_sharded_model"),
+)
+"""Every method of `sgl.Engine`, and what people reach for behind it."""
