@@ -392,8 +392,9 @@ class Engine(SGLangNames):
             of Hugging Face names and numpy, jax or DLPack arrays; or a checkpoint folder or hub id.
           version: Name of these weights; a number counted up when None.
           running: "finish": requests under way end with the weights they have, and those that come
-            meanwhile wait; while paused, at once. "keep": those under way go on with the new weights from the next step
-            on, over the keys and values they have; `pause("retract")` first has these made anew.
+            meanwhile wait; while paused, at once. "keep": those under way go on with the new ones
+            from the next step on, over the keys and values they have; `pause("retract")` before,
+            and `resume` after, have these made anew.
           partial: A dict may lack names; what they name stays as it is.
 
         Raises:
