@@ -426,7 +426,8 @@ class Engine(SGLangNames):
             `update_weights`.
 
         Returns:
-          Bytes that went, by tag, and the allocator's `bytes_in_use_before` and `bytes_in_use`.
+          Bytes that went, by tag, and the allocator's `bytes_in_use_before` and `bytes_in_use`,
+          None where the backend does not tell.
         """
         return self._residency.release(tags, keep_copy=keep_copy)
 
