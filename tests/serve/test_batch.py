@@ -248,7 +248,11 @@ def test_openai_batch_lines_are_answered_in_kind(tmp_path: Path):
     assert [choice["index"] for choice in text["response"]["body"]["choices"]] == [0, 1]
     assert "`tools` is not supported" in bad["error"]["message"]
     assert "`url` must be" in where["error"]["message"]
-    assert run(tmp_path / "in.jsonl", tmp_path / "out.jsonl").num_done == 0
+    for target in ("out.jsonl", "out.parquet"):
+        run(tmp_path / "in.jsonl", tmp_path / target)
+        assert run(tmp_path / "in.jsonl", tmp_path / target).num_done == 0
+    nested = by_id(tmp_path / "out.parquet")["chat"]
+    assert nested["response"]["body"]["choices"] == body["choices"]
 
 
 def test_too_many_errors_end_the_job_but_not_its_work(tmp_path: Path):
