@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxengine.errors import RequestError, SamplerError
-from jaxengine.runtime import samplers
+from jaxengine.runtime import runner, samplers
 from jaxengine.sampling import (
     Draw,
     LogitsTransform,
@@ -36,6 +36,15 @@ from tests.engine.conftest import wait_for
 GREEDY = {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True}
 PROMPT, OTHER, LONG = tiny.prompts_of(6, 9, 90)
 SURPRISED = {"mirostat_tau": 3.0, "seed": 7, "max_new_tokens": 60, "ignore_eos": True}
+
+
+FUSE_AFTER_STEPS = runner.FUSE_AFTER_STEPS
+
+
+@pytest.fixture(autouse=True)
+def stays_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samplers stay in split form but where a test says otherwise: fusing them takes time."""
+    monkeypatch.setattr(runner, "FUSE_AFTER_STEPS", 1 << 30)
 
 
 def mirostat() -> Sampler:
@@ -86,7 +95,9 @@ def test_what_a_function_closes_over_makes_it_another(engine: Any):
             text.append(token)
 
 
-def test_split_and_fused_forms_draw_the_same(engine: Any):
+def test_split_and_fused_forms_draw_the_same(engine: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner, "FUSE_AFTER_STEPS", FUSE_AFTER_STEPS)
+
     def run() -> Any:
         return engine.generate(
             input_ids=[PROMPT, OTHER], sampling_params=SURPRISED, sampler=mirostat()
