@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxengine.channel import Channel
+from jaxengine.display import Output
 from jaxengine.hidden import HiddenCollector
 from jaxengine.text.detokenizer import Detokenizer
 from jaxengine.types import HIDDEN, SequenceRequest, SequenceUpdate, StopReason
@@ -149,14 +150,15 @@ class SequenceOutput:
         if not self._was_answered:
             meta["response_sent_to_client_ts"] = time.time()
             self._was_answered = True
-        output: dict[str, Any] = {}
+        output = Output()
         if self._detokenizer is not None:
             output["text"] = self._detokenizer.text
         output |= {"output_ids": self._ids.copy(), "meta_info": meta}
         if self._has_prompt_ids:
             output["prompt_token_ids"] = request.prompt_ids.tolist()
-        captures = self._reports.captures()
-        return {**output, "captures": captures} if captures else output
+        if captures := self._reports.captures():
+            output["captures"] = captures
+        return output
 
 
 class _Reports:
@@ -181,7 +183,8 @@ class _Reports:
             self._push_tokens("output", update.leaves, update.leaves["token"])
             for kind in ("raw", "processed"):
                 self._kinds[f"output_{kind}"] += update.leaves[f"{kind}_logprob"].tolist()
-        if self._kinds and update.prompt_leaves:
+        # Hidden states of the prompt may come without its logprobs.
+        if self._kinds and "logprob" in update.prompt_leaves:
             self._push_prompt(update.prompt_leaves)
         for name, leaf in update.leaves.items():
             if name.startswith(("aux", "capture/")):

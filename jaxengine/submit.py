@@ -194,7 +194,7 @@ class Submitter:
             min_new_tokens=params.min_new_tokens,
             stop_token_ids=stop_ids,
             ignore_eos=params.ignore_eos,
-            seed=seed if is_exact else derive_seed(seed, request.index, sample),
+            seed=seed if is_exact else derive_seed(seed, request.seed_key, sample),
             values=request.values,
             sampler_id=live.sampler_id,
             sampler=live,

@@ -2,7 +2,10 @@
 
 import importlib
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,3 +45,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
     for item in items:
         if item.get_closest_marker("deviceless"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Executables of all engines of the run."""
+    folder = tmp_path_factory.mktemp("executables")
+    folder.chmod(0o700)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_settings(cache_dir: Path) -> dict[str, Any]:
+    """Settings of every engine over the demo model: any two of them share their executables."""
+    from tests.engine.conftest import SETTINGS  # not before the hook above
+
+    return {**SETTINGS, "max_total_tokens": 512, "cache_dir": str(cache_dir)}
+
+
+@pytest.fixture(scope="session")
+def demo(demo_settings: dict[str, Any]) -> Iterator[Any]:
+    """An engine over the demo model."""
+    import jaxengine
+    from tests.engine.conftest import assert_idle
+
+    with jaxengine.Engine(model_path=jaxengine.DEMO_MODEL, **demo_settings) as engine:
+        engine.wait_until_compiled()
+        yield engine
+        assert_idle(engine)

@@ -14,16 +14,10 @@ from jaxengine.errors import EngineDeadError, SamplerError
 from jaxengine.models.family import Params
 from jaxengine.runtime import batch, results
 from jaxengine.runtime.decode_loop import Results, SamplerSteps
+from jaxengine.runtime.executables import GPU_WINDOW_OPTIONS, ProgramSpec
 from jaxengine.runtime.forward import Embeds, Forward, Hidden
 from jaxengine.runtime.kv_cache import abstract_kv_cache
-from jaxengine.runtime.programs import (
-    GPU_WINDOW_OPTIONS,
-    IDLE,
-    LATER,
-    ProgramKey,
-    Programs,
-    ProgramSpec,
-)
+from jaxengine.runtime.programs import IDLE, LATER, ProgramKey, Programs
 from jaxengine.runtime.samplers import LiveSampler, Samplers
 from jaxengine.runtime.sharding import kv_sharding, replicated
 from jaxengine.runtime.state import COUNT_DTYPE, DeviceState, Seats
