@@ -290,7 +290,11 @@ def test_captures_come_with_every_token(engine: Any, is_streaming: bool):
     params = {"temperature": 0.5, "seed": 1, "max_new_tokens": 25, "ignore_eos": True}
     call = {"input_ids": PROMPT, "sampling_params": params}
     plain = ids(engine.generate(**call))
-    capture = {"entropy": entropy, "rank": lambda logits, drawn, ctx: drawn.token > 100}
+    capture = {
+        "entropy": entropy,
+        "rank": lambda logits, drawn, ctx: drawn.token > 100,
+        "raw": lambda logits, drawn, ctx: jax.lax.top_k(jax.nn.log_softmax(logits), 3),
+    }
     output = engine.generate(**call, capture=capture, stream=is_streaming)
     if is_streaming:
         *_, output = output
@@ -300,6 +304,10 @@ def test_captures_come_with_every_token(engine: Any, is_streaming: bool):
     assert captured["rank"].tolist() == [token > 100 for token in plain]
     text = PROMPT + plain
     logits = tiny.forward(tiny.TENSORS, tiny.CONFIG, text)[len(PROMPT) - 1 : -1]
+    top = np.argsort(-logits, axis=-1)[:, :3]
+    np.testing.assert_array_equal(captured["raw/1"], top)
+    raw = np.take_along_axis(tiny.log_softmax(logits), top, axis=-1)
+    np.testing.assert_allclose(captured["raw/0"], raw, rtol=1e-3, atol=1e-4)
     log_p = tiny.log_softmax(logits / 0.5)
     np.testing.assert_allclose(
         captured["entropy"], -(np.exp(log_p) * log_p).sum(-1), rtol=1e-3, atol=1e-4
