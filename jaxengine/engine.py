@@ -589,6 +589,7 @@ class Engine:
         # Compiled here, not in the engine's thread: nobody else waits for it.
         self._runner.prepare(
             live,
+            lists=any(sample.wants_lists for sample in samples),
             scores=any(sample.logprob_start is not None for sample in samples),
             hidden=any(sample.feeds_last for sample in samples),
             embeds=any(sample.embeds is not None for sample in samples),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +31,9 @@ type Specs = dict[ProgramKey, ProgramSpec]
 
 HIDDEN_DECODE = "decode_hidden"
 """Kind of the windows that report hidden states; the others know nothing of them."""
+
+DRAW, DRAW_LISTS = "draw", "draw_lists"
+"""Kinds of draws in split form: without lists of logprobs, and with them."""
 
 FUSE_AFTER_STEPS = 64
 """Split steps after which a sampler is worth compiling into the window; one tried once is not."""
@@ -145,15 +149,15 @@ class ProgramFactory:
         )
         return {ProgramKey("seat", owner=steps.owner): seat}
 
-    def split(self, steps: SamplerSteps) -> dict[ProgramKey, ProgramSpec]:
+    def split(self, steps: SamplerSteps, *, is_cached: bool = False) -> Specs:
         """Draws over the logits of a forward step, and the sampler's edits."""
-        specs = self.edits(steps, is_cached=False)
+        specs = self.edits(steps, is_cached=is_cached)
         seats, arrays = self.seats(steps), self._shapes(steps.sampler.arrays)
         model = self.forward.model
-        for rows in self.forward.buckets.split_rows:
-            specs[ProgramKey("draw", rows, owner=steps.owner)] = ProgramSpec(
-                name=f"draw_b{rows}",
-                fn=steps.draw,
+        for rows, kind in itertools.product(self.forward.buckets.split_rows, (DRAW, DRAW_LISTS)):
+            specs[ProgramKey(kind, rows, owner=steps.owner)] = ProgramSpec(
+                name=f"{kind}_b{rows}",
+                fn=functools.partial(steps.draw, has_lists=kind == DRAW_LISTS),
                 args=(
                     self.state.slots,
                     seats,
@@ -165,7 +169,7 @@ class ProgramFactory:
                 ),
                 donate=(0, 1),
                 options=self._options,
-                is_cached=False,
+                is_cached=is_cached,
             )
         return specs
 
@@ -378,12 +382,19 @@ class Runner:
         self._state = _zeros(self._factory.state)
 
     def prepare(
-        self, sampler: LiveSampler, *, scores: bool, hidden: bool = False, embeds: bool = False
+        self,
+        sampler: LiveSampler,
+        *,
+        lists: bool,
+        scores: bool,
+        hidden: bool = False,
+        embeds: bool = False,
     ) -> None:
         """Waits for programs the engine did not begin with, in the caller's thread: not its own.
 
         Args:
           sampler: For its first tokens.
+          lists: Also for logprobs of others than the drawn tokens.
           scores: Also for logprobs of prompt tokens.
           hidden: Also for hidden states.
           embeds: Also for embeddings in place of ids.
@@ -403,7 +414,8 @@ class Runner:
         if is_own and not embeds:
             return
         buckets, owner = factory.forward.buckets, sampler.steps.owner
-        keys = [ProgramKey("draw", rows, owner=owner) for rows in buckets.split_rows]
+        kind = DRAW_LISTS if lists else DRAW
+        keys = [ProgramKey(kind, rows, owner=owner) for rows in buckets.split_rows]
         keys += [ProgramKey("seat", owner=owner), *(() if is_own else factory.first_forwards())]
         if any(key not in self._programs for key in keys):
             specs = {**factory.split(sampler.steps), **factory.forwards()}
@@ -508,7 +520,10 @@ class Runner:
     ) -> list[_Drawn]:
         drawn = []
         for sampler in samplers:
-            key = ProgramKey("draw", len(logits), owner=sampler.steps.owner)
+            own_rows = (row for row in plan.rows if row.sampler_id == sampler.sampler_id)
+            has_lists = any(self._wants_lists.get(row.slot) for row in own_rows)
+            kind = DRAW_LISTS if has_lists else DRAW
+            key = ProgramKey(kind, len(logits), owner=sampler.steps.owner)
             program = self._program(key, lambda s=sampler.steps: self._factory.split(s))
             assert self._state is not None
             slots, sampler.seats, out = program(
