@@ -121,7 +121,8 @@ def build(
         factory = ProgramFactory(forward, target, mesh, limits.num_pages, dtype)
         own = samplers.own.steps
         # The cache's keys cover this package's source, not that of a sampler from outside.
-        specs = factory.fused(own, is_cached=are_equal(sampler, default_sampler()))
+        is_cached = are_equal(sampler, default_sampler())
+        specs = factory.fused(own, is_cached=is_cached)
         specs |= factory.admit()
         shapes = (
             layout.describe(),
@@ -135,7 +136,7 @@ def build(
     programs = Programs(specs, first=factory.first(), cache=cache, progress=progress)
     if device.platform == "gpu":
         # On a CPU, compiling what may never be needed would take the cores the engine runs on.
-        programs.add(factory.forwards(), IDLE)
+        programs.add(factory.forwards() | factory.split(own, is_cached=is_cached), IDLE)
     try:
         with clock("weights"):
             if params is not None:

@@ -196,7 +196,8 @@ class Engine(SGLangNames):
             distribution it was drawn from.
           logprob_start_len: With it, also report the model's own logprobs of the prompt's tokens
             from this one on; -1 for none.
-          top_logprobs_num: With it, the so many most likely tokens at every place.
+          top_logprobs_num: With it, the so many most likely tokens at every place, by SGLang's
+            measure; `capture` gives those of any other.
           token_ids_logprob: With it, the logprobs of these ids at every place.
           return_text_in_logprobs: Give the tokens' text in these lists.
           return_hidden_states: Report the model's hidden states in `meta_info["hidden_states"]` of
@@ -709,6 +710,7 @@ class Engine(SGLangNames):
         # Compiled here, not in the engine's thread: nobody else waits for it.
         self._runner.prepare(
             live,
+            lists=any(sample.wants_lists for sample in samples),
             scores=any(sample.logprob_start is not None for sample in samples),
             hidden=any(sample.feeds_last for sample in samples),
             embeds=any(sample.embeds is not None for sample in samples),

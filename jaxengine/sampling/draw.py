@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.sampling.context import SamplingContext
+from jaxengine.sampling.noise import gumbel
 from jaxengine.sampling.transforms import Needs
 from jaxengine.types import Param
 
@@ -37,8 +37,8 @@ class Draw(NamedTuple):
 
 
 def _gumbel_max(logits: Float[Array, "B V"], state: Any, ctx: SamplingContext) -> Int[Array, " B"]:
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(ctx.key)
-    noisy = jnp.where(_is_greedy(ctx)[:, None], logits, logits + noise)
+    noisy = logits + gumbel(ctx.key, logits.shape[-1])
+    noisy = jnp.where(_is_greedy(ctx)[:, None], logits, noisy)
     return jnp.argmax(noisy, axis=-1).astype(jnp.int32)
 
 

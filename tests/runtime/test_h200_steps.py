@@ -104,7 +104,7 @@ def test_kv_cache_is_aliased_and_nothing_large_is_copied(step):
 def test_a_sampler_of_a_call_copies_and_sorts_no_logits():
     sampler = Sampler(chain(dry(), temperature(), top_k_top_p_min_p(), typical(), mirostat_v2()))
     factory, steps = bound(sampler, 64)
-    program = compiled(factory.split(steps)[ProgramKey("draw", 64)])
+    program = compiled(factory.split(steps)[ProgramKey("draw_lists", 64)])
     assert deviceless.large_copies(program, min_elements=MIB // 4) == []
     sorts = [line for line in (program.as_text() or "").splitlines() if " sort(" in line]
     assert not [line for line in sorts if str(CONFIG.vocab_size) in line]
