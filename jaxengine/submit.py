@@ -11,6 +11,7 @@ import numpy as np
 from jaxengine.call import Call
 from jaxengine.channel import Channel
 from jaxengine.errors import PromptTooLongError, RequestError
+from jaxengine.hidden import HiddenCollector
 from jaxengine.outputs import SequenceOutput
 from jaxengine.params import SamplingParams, derive_seed, fresh_seed
 from jaxengine.requests import ParsedCall, PromptRequest
@@ -37,6 +38,7 @@ class Submitter:
         context_length: int,
         max_total_tokens: int,
         random_seed: int | None,
+        stream_interval: int = 1,
     ) -> None:
         """Starts with nothing in flight.
 
@@ -48,8 +50,10 @@ class Submitter:
           context_length: Longest prompt plus output, in tokens.
           max_total_tokens: Tokens the KV pages hold.
           random_seed: Seed from which requests without one draw theirs; fresh ones when None.
+          stream_interval: Tokens between two outputs of a stream, where a request does not say.
         """
         self._worker = worker
+        self._stream_interval = stream_interval
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._eos = eos_token_ids
@@ -101,9 +105,12 @@ class Submitter:
                 channel,
                 index=index,
                 detokenizer=self._detokenizer(request.params),
-                has_stop_strings=bool(request.params.stop),
+                has_stop_strings=bool(request.params.stop or request.params.stop_regex),
                 decode=decode,
                 weight_version="default",
+                hidden=_collector(request, sample),
+                stream_interval=request.params.stream_interval or self._stream_interval,
+                has_prompt_ids=request.has_prompt_ids,
             )
             for index, (request, sample) in enumerate(zip(by_prompt, samples, strict=True))
         ]
@@ -185,10 +192,17 @@ class Submitter:
             num_top_logprobs=request.num_top_logprobs,
             logprob_ids=request.logprob_ids,
             logprob_start=request.logprob_start,
+            hidden_states=request.hidden_states,
+            embeds=request.embeds,
+            cache_namespace=request.cache_namespace,
         )
         grouped = tuple(
             dataclasses.replace(
-                alone, seq_id=next(self._seq_ids), prompt_ids=text, logprob_start=None
+                alone,
+                seq_id=next(self._seq_ids),
+                prompt_ids=text,
+                logprob_start=None,
+                hidden_states=None,
             )
             for text in companions
         )
@@ -223,6 +237,7 @@ class Submitter:
         return Detokenizer(
             self._vocabulary,
             stop=tuple(params.stop or ()),
+            stop_regex=tuple(params.stop_regex or ()),
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
             no_stop_trim=params.no_stop_trim,
@@ -248,6 +263,17 @@ class Submitter:
     def _abort(self, requests: list[SequenceRequest]) -> None:
         for request in requests:
             self._worker.finish(SequenceUpdate(request.seq_id, [], finish=StopReason("abort")))
+
+
+def _collector(request: PromptRequest, sample: SequenceRequest) -> HiddenCollector | None:
+    if request.hidden_states is None:
+        return None
+    return HiddenCollector(
+        request.hidden_states,
+        request.hidden_format,
+        len(sample.prompt_ids),
+        may_be_cut=bool(request.params.stop or request.params.stop_regex),
+    )
 
 
 def _decode(tokenizer: Any, token_id: int) -> str:
