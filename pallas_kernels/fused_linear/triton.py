@@ -19,31 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float
 
+from pallas_kernels.fused_linear.tuning import TuningConfig, find_config
 from pallas_kernels.triton_math import MIN_DOT_ROWS, dot, trigger
 
 Glu = Callable[[jax.Array], jax.Array]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TuningConfig:
-    """Tile and launch parameters.
-
-    Attributes:
-      block_m: Rows of a tile; 1 multiplies row by row without the matrix units.
-      block_n: Columns of the result that a program makes; a power of two.
-      block_k: Depth of a tile; a power of two.
-      num_loads: Row by row, tiles of the weight that are fetched before the first is used.
-      num_warps: Warps per program.
-      num_stages: Depth of the software pipeline of tiles.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_loads: int = 1
-    num_warps: int = 4
-    num_stages: int = 3
-    triggers: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,10 +183,20 @@ def fused_linear(
     *,
     eps: float = 0.0,
     glu: Glu | None = None,
-    config: TuningConfig,
+    config: TuningConfig | None = None,
     interpret: bool = False,
 ) -> Float[Array, "M N"]:
-    """Multiplies `x` by a weight, with what comes before and after; see `api.fused_linear`."""
+    """Multiplies `x` by a weight, with what comes before and after; see `api.fused_linear`.
+
+    Args:
+      config: Tile parameters; None takes those of `tuning`.
+      interpret: Run in the Pallas interpreter, on any backend.
+    """
+    config = config or find_config(x, weight)
+    if config is None:
+        raise NotImplementedError(
+            f"{x.shape[0]} rows of {x.dtype} times {weight.shape}: a plain product is faster"
+        )
     num_rows, depth = x.shape
     num_columns = weight.shape[0] // (1 if glu is None else 2)
     call = _Call(

@@ -85,9 +85,26 @@ def _decode_kernel(
     scale: float,
     config: TuningConfig,
     interpret: bool,
+    prefetch: int,
 ):
     kv_head, row, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    prefetch_ref = None
+    if prefetch:
+        prefetch_ref, *refs, dummy_ref = refs
     arrivals_ref, out_ref, new_kv_ref, partial_ref, lse_ref = _name_refs(refs, num_splits)
+    if prefetch:
+
+        @pl.when(split >= num_splits)
+        def _pull():
+            chunk = ((split - num_splits) * pl.num_programs(1) + row) * num_kv_heads + kv_head
+            at = chunk * prefetch + jnp.arange(prefetch)
+            x = pltriton.load(prefetch_ref.at[at], mask=at < prefetch_ref.shape[0], other=0.0)
+            top = x.astype(jnp.float32).max()
+
+            @pl.when(top > 3e38)
+            def _never():
+                dummy_ref[0] = top
+
     block_kv = config.block_kv
     exp2 = functools.partial(exp2_scaled, scale=scale * _LOG2_E, interpret=interpret)
     head_dim = qkv_ref.shape[-1]
@@ -266,7 +283,7 @@ def _num_live_splits(num_cached: jax.Array, num_splits: int, config: TuningConfi
     return jnp.maximum(pl.cdiv(num_tiles, _split_tiles(num_cached, num_splits, config)), 1)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "config", "interpret", "chunk"))
 def paged_decode_attention(
     q: Float[Array, "B N H"],
     k: Float[Array, "B K H"],
@@ -280,6 +297,8 @@ def paged_decode_attention(
     scale: float,
     config: TuningConfig | None = None,
     interpret: bool = False,
+    prefetch: jax.Array | None = None,
+    chunk: int = 8192,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "pages 2 K page_size H"]]:
     """Appends one token per row and attends to its pages; see `api.paged_decode_attention`.
 
@@ -298,6 +317,12 @@ def paged_decode_attention(
     flat = kv_pages.reshape(-1, head_dim)
     inputs = [qkv, cos, sin, flat, page_table, kv_lens]
     outputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, flat)]
+    if num_splits == 1:
+        prefetch = None
+    extra = 0
+    if prefetch is not None:
+        inputs.append(prefetch.reshape(-1))
+        extra = -(-prefetch.size // (chunk * batch * num_kv_heads))
     if num_splits > 1:
         # NOTE: the kernel counts in this input, and leaves it as it was, all zero: XLA may give
         # the same zeros to every call, which run one after another.
@@ -305,8 +330,11 @@ def paged_decode_attention(
         partial_shape = (batch, num_splits, num_heads, head_dim)
         outputs.append(jax.ShapeDtypeStruct(partial_shape, jnp.float32))
         outputs.append(jax.ShapeDtypeStruct(partial_shape[:-1], jnp.float32))
+    if prefetch is not None:
+        outputs.append(jax.ShapeDtypeStruct((1,), jnp.float32))
     kernel = functools.partial(
         _decode_kernel,
+        prefetch=0 if prefetch is None else chunk,
         group=num_heads // num_kv_heads,
         num_kv_heads=num_kv_heads,
         page_size=page_size,
@@ -319,7 +347,7 @@ def paged_decode_attention(
     kv_tokens = min(batch * page_table.shape[1], num_pages) * page_size
     out, flat, *_ = pl.pallas_call(
         kernel,
-        grid=(num_kv_heads, batch, num_splits),
+        grid=(num_kv_heads, batch, num_splits + extra),
         out_shape=outputs,
         input_output_aliases={3: 1},
         compiler_params=pltriton.CompilerParams(
