@@ -37,14 +37,3 @@ def exp2_scaled(x: jax.Array, shift: jax.Array, *, scale: float, interpret: bool
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
     )
     return out
-
-
-def trigger(x):
-    (x,) = pltriton.elementwise_inline_asm(
-        "griddepcontrol.launch_dependents; mov.b32 $0, $1;",
-        args=[x],
-        constraints="=r,r",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
-    )
-    return x

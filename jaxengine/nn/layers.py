@@ -38,6 +38,7 @@ def linear(
     """
     # A weight that is split over devices is left to XLA, which knows how to add up the parts.
     is_whole = ctx.mesh is None or ctx.mesh.size == 1
+    use_kernel = is_whole and is_faster(x, weight, is_gated=glu is not None)
     return fused_linear(
         x,
         weight,
@@ -46,7 +47,7 @@ def linear(
         bias=bias,
         glu=glu,
         residual=residual,
-        implementation=ctx.kernels if is_whole and is_faster(x, weight) else "reference",
+        implementation=ctx.kernels if use_kernel else "reference",
     )
 
 

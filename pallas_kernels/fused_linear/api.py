@@ -49,7 +49,7 @@ def fused_linear(
       NotImplementedError: The implementation that was asked for cannot serve these arguments.
     """
     _check(x, weight, norm_weight, bias, glu, residual)
-    if implementation is None and not is_faster(x, weight):
+    if implementation is None and not is_faster(x, weight, is_gated=glu is not None):
         implementation = "reference"
     return dispatch.call(
         "fused_linear",
@@ -65,9 +65,9 @@ def fused_linear(
     )
 
 
-def is_faster(x: jax.Array, weight: jax.Array) -> bool:
+def is_faster(x: jax.Array, weight: jax.Array, *, is_gated: bool) -> bool:
     """Whether the kernel beats a plain product and its neighbours on a GPU; see `tuning`."""
-    return tuning.find_config(x, weight) is not None
+    return tuning.find_config(x, weight, is_gated=is_gated) is not None
 
 
 def _check(

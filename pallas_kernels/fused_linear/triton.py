@@ -20,7 +20,6 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float
 
 from pallas_kernels.fused_linear.tuning import TuningConfig, find_config
-from pallas_kernels.triton_math import MIN_DOT_ROWS, dot, trigger
 
 Glu = Callable[[jax.Array], jax.Array]
 
@@ -43,8 +42,6 @@ class _Call:
         """
         config = self.config
         columns = program * config.block_n + jnp.arange(config.block_n)
-        if config.triggers:
-            columns = trigger(columns)
         columns = jnp.minimum(columns, self.num_columns - 1)
         return [columns] if self.glu is None else [columns, columns + self.num_columns]
 
@@ -79,7 +76,7 @@ def _finish(
     return sums[0] if call.glu is None else call.glu(sums[0]) * sums[1]
 
 
-def _row_kernel(x_ref, w_ref, norm_ref, bias_ref, residual_ref, out_ref, *, call: _Call):
+def _kernel(x_ref, w_ref, norm_ref, bias_ref, residual_ref, out_ref, *, call: _Call):
     """All rows, one after another, times a few columns; sums stay spread over the threads."""
     config = call.config
     columns = call.column_ids(pl.program_id(0))
@@ -134,45 +131,6 @@ def _row_kernel(x_ref, w_ref, norm_ref, bias_ref, residual_ref, out_ref, *, call
         pltriton.store(out_ref.at[row, stored], out, mask=stored < call.num_columns)
 
 
-def _tile_kernel(x_ref, w_ref, norm_ref, bias_ref, residual_ref, out_ref, *, call: _Call):
-    """A tile of rows times a tile of columns, on the matrix units."""
-    config = call.config
-    columns = call.column_ids(pl.program_id(1))
-    rows = pl.program_id(0) * config.block_m + jnp.arange(config.block_m)
-    read_rows = jnp.minimum(rows, call.num_rows - 1)
-
-    def step(i, carry):
-        sums, squares = carry
-        k = i * config.block_k + jnp.arange(config.block_k)[None, :]
-        mask = call.depth_mask(k)
-        x = _load(x_ref.at[read_rows[:, None], k], mask)
-        weights = [_load(w_ref.at[c[:, None], k], mask) for c in columns]
-        if norm_ref is not None:
-            x_f32 = x.astype(jnp.float32)
-            squares += x_f32 * x_f32
-            x = (x_f32 * _load(norm_ref.at[k], mask).astype(jnp.float32)).astype(x.dtype)
-        return [s + dot(x, w.T) for s, w in zip(sums, weights, strict=True)], squares
-
-    tile = (config.block_m, config.block_n)
-    has_norm = norm_ref is not None
-    squares = jnp.zeros((config.block_m, config.block_k), jnp.float32) if has_norm else 0
-    sums, squares = jax.lax.fori_loop(
-        0,
-        pl.cdiv(call.depth, config.block_k),
-        step,
-        ([jnp.zeros(tile, jnp.float32) for _ in columns], squares),
-    )
-    square_sum = squares.sum(axis=1)[:, None] if has_norm else None
-    out = _finish(sums, square_sum, columns, bias_ref, call)
-    stored = pl.program_id(1) * config.block_n + jnp.arange(config.block_n)[None, :]
-    where = out_ref.at[rows[:, None], stored]
-    mask = (rows < call.num_rows)[:, None] & (stored < call.num_columns)
-    if residual_ref is not None:
-        residual = residual_ref.at[read_rows[:, None], columns[0][None, :]]
-        out += pltriton.load(residual).astype(jnp.float32)
-    pltriton.store(where, out.astype(out_ref.dtype), mask=mask)
-
-
 @functools.partial(jax.jit, static_argnames=("eps", "glu", "config", "interpret"))
 def fused_linear(
     x: Float[Array, "M K"],
@@ -192,7 +150,7 @@ def fused_linear(
       config: Tile parameters; None takes those of `tuning`.
       interpret: Run in the Pallas interpreter, on any backend.
     """
-    config = config or find_config(x, weight)
+    config = config or find_config(x, weight, is_gated=glu is not None)
     if config is None:
         raise NotImplementedError(
             f"{x.shape[0]} rows of {x.dtype} times {weight.shape}: a plain product is faster"
@@ -202,25 +160,21 @@ def fused_linear(
     call = _Call(
         num_rows=num_rows, depth=depth, num_columns=num_columns, eps=eps, glu=glu, config=config
     )
-    by_row = config.block_m < MIN_DOT_ROWS
     operands = dict(norm=norm_weight, bias=bias, residual=residual)
     given = [name for name, operand in operands.items() if operand is not None]
 
     def kernel(x_ref, w_ref, *refs):
         *optional, out_ref = refs
         refs_by_name = dict(zip(given, optional, strict=True))
-        body = _row_kernel if by_row else _tile_kernel
-        body(x_ref, w_ref, *(refs_by_name.get(name) for name in operands), out_ref, call=call)
+        neighbours = (refs_by_name.get(name) for name in operands)
+        _kernel(x_ref, w_ref, *neighbours, out_ref, call=call)
 
     kernel.__name__ = "fused_linear"
-    num_programs = pl.cdiv(num_columns, config.block_n)
     return pl.pallas_call(
         kernel,
-        grid=(num_programs,) if by_row else (pl.cdiv(num_rows, config.block_m), num_programs),
+        grid=(pl.cdiv(num_columns, config.block_n),),
         out_shape=jax.ShapeDtypeStruct((num_rows, num_columns), x.dtype),
-        compiler_params=pltriton.CompilerParams(
-            num_warps=config.num_warps, num_stages=config.num_stages
-        ),
+        compiler_params=pltriton.CompilerParams(num_warps=config.num_warps, num_stages=1),
         cost_estimate=pl.CostEstimate(
             flops=2 * num_rows * weight.size,
             transcendentals=0 if glu is None else num_rows * num_columns,

@@ -12,6 +12,7 @@ Source: Dao et al., Flash-Decoding (2023); Kwon et al., PagedAttention, arXiv:23
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.triton_math import MIN_DOT_ROWS, check_head_dim, dot, exp2_scaled, trigger
+from pallas_kernels.triton_math import MIN_DOT_ROWS, check_head_dim, dot, exp2_scaled
 
 _LOG2_E = math.log2(math.e)
 _MAX_SPLITS = 64
 _COMBINED_AT_ONCE = 4
+_FEW_ROWS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,6 @@ class TuningConfig:
     whole_from: int = 512
     num_warps: int = 4
     num_stages: int = 3
-    triggers: bool = False
 
 
 def default_config(q: jax.Array) -> TuningConfig:
@@ -56,6 +57,8 @@ def default_config(q: jax.Array) -> TuningConfig:
     head_dim = q.shape[-1]
     if q.dtype == jnp.float32:
         return TuningConfig(block_kv=32, num_warps=4 if head_dim <= 128 else 8, num_stages=2)
+    if q.shape[0] <= _FEW_ROWS:
+        return TuningConfig(block_kv=min(max(8192 // head_dim, 16), 128), min_split_tiles=1)
     return TuningConfig(block_kv=min(max(4096 // head_dim, 16), 128))
 
 
@@ -70,6 +73,58 @@ def choose_num_splits(config: TuningConfig, batch: int, num_kv_heads: int, max_t
     return 1 << (max(wanted, 1).bit_length() - 1)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Call:
+    """What is static of a call."""
+
+    group: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    num_splits: int
+    scale: float
+    config: TuningConfig
+    interpret: bool
+
+    @property
+    def packed(self) -> int:
+        """Rows of the matrix products: the query heads of a group and some that are not there."""
+        return max(MIN_DOT_ROWS, pl.next_power_of_2(self.group))
+
+    @property
+    def in_group(self) -> jax.Array:
+        return jnp.arange(self.packed) < self.group
+
+    @property
+    def dims(self) -> jax.Array:
+        return jnp.arange(self.head_dim)[None, :]
+
+    def exp2(self, x: jax.Array, shift: jax.Array) -> jax.Array:
+        """2 ** (x - shift) of scores that are not scaled yet and a shift that is."""
+        return exp2_scaled(x, shift, scale=self.log2_scale, interpret=self.interpret)
+
+    @property
+    def log2_scale(self) -> float:
+        return self.scale * _LOG2_E
+
+    def key_rows(self, page: jax.Array, kv_head: jax.Array, position: jax.Array) -> jax.Array:
+        """Row of the flat cache [.., H] with the key of a position; the value's is `to_value` on."""
+        first = (page * (2 * self.num_kv_heads) + kv_head) * self.page_size
+        return first + jax.lax.rem(position, self.page_size)
+
+    @property
+    def to_value(self) -> int:
+        return self.num_kv_heads * self.page_size
+
+
+class _Softmax(NamedTuple):
+    """An online softmax over keys: the weighted values are `acc / total`."""
+
+    top: jax.Array  # [packed], the largest score
+    total: jax.Array  # [packed]
+    acc: jax.Array  # [packed, H]
+
+
 def _decode_kernel(
     qkv_ref,  # [B, N + 2 K, H], not rotated
     cos_ref,  # [B, H / 2]
@@ -77,190 +132,177 @@ def _decode_kernel(
     kv_ref,  # [num_pages * 2 * K * page_size, H]
     page_table_ref,  # [B, P]
     kv_lens_ref,  # [B]
-    *refs,  # see `_name_refs`
-    group: int,
-    num_kv_heads: int,
-    page_size: int,
-    num_splits: int,
-    scale: float,
-    config: TuningConfig,
-    interpret: bool,
-    prefetch: int,
+    *refs,  # out [B, N, H], the cache again; with splits before them arrivals [B, K], and after
+    # them float32 partials [B, num_splits, N, H] and their log-sum-exp [B, num_splits, N]
+    call: _Call,
 ):
     kv_head, row, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    prefetch_ref = None
-    if prefetch:
-        prefetch_ref, *refs, dummy_ref = refs
-    arrivals_ref, out_ref, new_kv_ref, partial_ref, lse_ref = _name_refs(refs, num_splits)
-    if prefetch:
+    num_cached = jnp.maximum(kv_lens_ref[row] - 1, 0)
+    out_ref, new_kv_ref = refs[:2] if call.num_splits == 1 else refs[1:3]
+    heads = kv_head * call.group + jnp.arange(call.packed)
 
-        @pl.when(split >= num_splits)
-        def _pull():
-            chunk = ((split - num_splits) * pl.num_programs(1) + row) * num_kv_heads + kv_head
-            at = chunk * prefetch + jnp.arange(prefetch)
-            x = pltriton.load(prefetch_ref.at[at], mask=at < prefetch_ref.shape[0], other=0.0)
-            top = x.astype(jnp.float32).max()
+    def attend() -> _Softmax:
+        q, k, v = _load_new_token(qkv_ref, cos_ref, sin_ref, row, kv_head, heads, call)
+        is_first = (split == 0) & (kv_lens_ref[row] > 0)
 
-            @pl.when(top > 3e38)
-            def _never():
-                dummy_ref[0] = top
+        @pl.when(is_first)
+        def _write_new_token():
+            page = page_table_ref[row, jax.lax.div(num_cached, call.page_size)]
+            where = (call.key_rows(page, kv_head, num_cached) + jnp.arange(1))[:, None]
+            pltriton.store(new_kv_ref.at[where, call.dims], k)
+            pltriton.store(new_kv_ref.at[where + call.to_value, call.dims], v)
 
-    block_kv = config.block_kv
-    exp2 = functools.partial(exp2_scaled, scale=scale * _LOG2_E, interpret=interpret)
-    head_dim = qkv_ref.shape[-1]
-    kv_len = kv_lens_ref[row]
-    num_cached = jnp.maximum(kv_len - 1, 0)
-    first, last = _split_range(num_cached, split, num_splits, config)
+        # The new token is not read back from its page: the softmax of the first split begins
+        # with it.
+        score = (q.astype(jnp.float32) * k.astype(jnp.float32)).sum(axis=1)
+        value = jnp.broadcast_to(v.astype(jnp.float32), (call.packed, call.head_dim))
+        begin = _Softmax(
+            top=jnp.where(is_first, score, -jnp.inf),
+            total=jnp.where(is_first, jnp.ones_like(score), 0.0),
+            acc=jnp.where(is_first, value, 0.0),
+        )
+        return _attend_cached(
+            q, begin, kv_ref, page_table_ref, row, kv_head, split, num_cached, call
+        )
 
-    packed = max(MIN_DOT_ROWS, pl.next_power_of_2(group))
-    in_group = jnp.arange(packed) < group
-    heads = kv_head * group + jnp.arange(packed)
-    if config.triggers:
-        heads = trigger(heads)
-    dims = jnp.arange(head_dim)[None, :]
-    cos = pltriton.load(cos_ref.at[row, dims % (head_dim // 2)])
-    sin = pltriton.load(sin_ref.at[row, dims % (head_dim // 2)])
-    sin = jnp.where(dims < head_dim // 2, -sin, sin)
+    def store_out(out):
+        where = out_ref.at[row, heads[:, None], call.dims]
+        pltriton.store(where, out.astype(out_ref.dtype), mask=call.in_group[:, None])
 
-    def load_rotated(heads, mask):
-        """Heads of the new token; dimension i turns with its partner half a head away."""
-        partner = (dims + head_dim // 2) % head_dim
-        own = pltriton.load(qkv_ref.at[row, heads[:, None], dims], mask=mask, other=0.0)
-        other = pltriton.load(qkv_ref.at[row, heads[:, None], partner], mask=mask, other=0.0)
+    def average(softmax: _Softmax) -> jax.Array:
+        return softmax.acc / jnp.where(softmax.total > 0, softmax.total, 1.0)[:, None]
+
+    if call.num_splits == 1:
+        store_out(average(attend()))
+        return
+    arrivals_ref, _, _, partial_ref, lse_ref = refs
+    num_live = _num_live_splits(num_cached, call.num_splits, call.config)
+
+    @pl.when(split < num_live)
+    def _live():
+        softmax = attend()
+        out = average(softmax)
+        pl.when(num_live == 1)(lambda: store_out(out))
+
+        @pl.when(num_live > 1)
+        def _store_partial():
+            where = partial_ref.at[row, split, heads[:, None], call.dims]
+            pltriton.store(where, out, mask=call.in_group[:, None])
+            lse = softmax.top * call.log2_scale + jnp.log2(softmax.total)
+            pltriton.store(lse_ref.at[row, split, heads], lse, mask=call.in_group)
+            pltriton.debug_barrier()  # the whole program has stored before it says so
+            num_arrived = pltriton.atomic_add(arrivals_ref, (row, kv_head), 1)
+
+            @pl.when(num_arrived == num_live - 1)
+            def _combine():
+                arrivals_ref[row, kv_head] = 0
+                store_out(
+                    average(_combine_splits(partial_ref, lse_ref, row, heads, num_live, call))
+                )
+
+
+def _load_new_token(
+    qkv_ref, cos_ref, sin_ref, row: jax.Array, kv_head: jax.Array, heads: jax.Array, call: _Call
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rotated queries of a group [packed, H], rotated key and value [1, H]."""
+    half = call.head_dim // 2
+    cos = pltriton.load(cos_ref.at[row, call.dims % half])
+    sin = pltriton.load(sin_ref.at[row, call.dims % half])
+    sin = jnp.where(call.dims < half, -sin, sin)
+    partner = (call.dims + half) % call.head_dim
+
+    def load(heads, dims, mask=None):
+        other = None if mask is None else 0.0
+        return pltriton.load(qkv_ref.at[row, heads[:, None], dims], mask=mask, other=other)
+
+    def load_rotated(heads, mask=None):
+        own, other = load(heads, call.dims, mask), load(heads, partner, mask)
         rotated = own.astype(jnp.float32) * cos + other.astype(jnp.float32) * sin
         return rotated.astype(qkv_ref.dtype)
 
-    one = jnp.arange(1)
-    key_head = group * num_kv_heads + kv_head + one
-    has_token = jnp.broadcast_to(kv_len > 0, (1, 1))
-    q = load_rotated(heads, in_group[:, None])
-    new_k = load_rotated(key_head, has_token)
-    new_v = pltriton.load(
-        qkv_ref.at[row, (key_head + num_kv_heads)[:, None], dims], mask=has_token, other=0.0
-    )
+    key_head = call.group * call.num_kv_heads + kv_head + jnp.arange(1)
+    value = load(key_head + call.num_kv_heads, call.dims)
+    return load_rotated(heads, call.in_group[:, None]), load_rotated(key_head), value
+
+
+def _attend_cached(
+    q: jax.Array,
+    begin: _Softmax,
+    kv_ref,
+    page_table_ref,
+    row: jax.Array,
+    kv_head: jax.Array,
+    split: jax.Array,
+    num_cached: jax.Array,
+    call: _Call,
+) -> _Softmax:
+    """Goes on with a softmax over a split's part of the row's tokens."""
+    block_kv = call.config.block_kv
 
     def load_pages(tile):
         position = tile * block_kv + jnp.arange(block_kv)
-        page = jax.lax.div(position, page_size)
+        page = jax.lax.div(position, call.page_size)
         return pltriton.load(page_table_ref.at[row, page], mask=position < num_cached, other=0)
-
-    @pl.when((split == 0) & (kv_len > 0))
-    def _write_new_token():
-        page = page_table_ref[row, jax.lax.div(num_cached, page_size)]
-        key_row = (page * (2 * num_kv_heads) + kv_head) * page_size
-        key_row += jax.lax.rem(num_cached, page_size)
-        value_row = key_row + num_kv_heads * page_size
-        pltriton.store(new_kv_ref.at[(key_row + one)[:, None], dims], new_k)
-        pltriton.store(new_kv_ref.at[(value_row + one)[:, None], dims], new_v)
 
     def attend_tile(tile, carry):
         # The ids of the next tile's pages are fetched one tile ahead: then the address of a key
         # is known when its tile begins, and the compiler can keep several tiles in flight.
-        page, row_max, row_sum, acc = carry
+        page, (top, total, acc) = carry
         next_page = load_pages(tile + 1)
         position = tile * block_kv + jnp.arange(block_kv)
         valid = position < num_cached
-        key_row = (page * (2 * num_kv_heads) + kv_head) * page_size
-        key_row += jax.lax.rem(position, page_size)
-        key_row = key_row[:, None]
-        k = pltriton.load(kv_ref.at[key_row, dims], mask=valid[:, None], other=0.0)
+        key_row = call.key_rows(page, kv_head, position)[:, None]
+        k = pltriton.load(kv_ref.at[key_row, call.dims], mask=valid[:, None], other=0.0)
         scores = jnp.where(valid[None, :], dot(q, k.T), -jnp.inf)
-        new_max = jnp.maximum(row_max, scores.max(axis=1))
-        shift = new_max * (scale * _LOG2_E)
-        weights = exp2(scores, shift[:, None])
-        rescale = exp2(row_max, shift)
-        value_row = key_row + num_kv_heads * page_size
-        v = pltriton.load(kv_ref.at[value_row, dims], mask=valid[:, None], other=0.0)
+        new_top = jnp.maximum(top, scores.max(axis=1))
+        shift = new_top * call.log2_scale
+        weights = call.exp2(scores, shift[:, None])
+        rescale = call.exp2(top, shift)
+        value_row = key_row + call.to_value
+        v = pltriton.load(kv_ref.at[value_row, call.dims], mask=valid[:, None], other=0.0)
         acc = acc * rescale[:, None] + dot(weights.astype(v.dtype), v)
-        return next_page, new_max, row_sum * rescale + weights.sum(axis=1), acc
+        return next_page, _Softmax(new_top, total * rescale + weights.sum(axis=1), acc)
 
-    # The new token is not read back from its page: it is where the first split begins.
-    takes_new = (split == 0) & (kv_len > 0)
-    new_score = (q.astype(jnp.float32) * new_k.astype(jnp.float32)).sum(axis=1)
-    _, row_max, row_sum, acc = jax.lax.fori_loop(
-        first,
-        last,
-        attend_tile,
-        (
-            load_pages(first),
-            jnp.where(takes_new, new_score, -jnp.inf),
-            jnp.where(takes_new, jnp.ones(packed, jnp.float32), 0.0),
-            jnp.where(takes_new, jnp.broadcast_to(new_v, (packed, head_dim)), 0.0).astype(
-                jnp.float32
-            ),
-        ),
-    )
-    out = acc / jnp.where(row_sum > 0, row_sum, 1.0)[:, None]
-
-    def store_out(out):
-        where = out_ref.at[row, heads[:, None], dims]
-        pltriton.store(where, out.astype(out_ref.dtype), mask=in_group[:, None])
-
-    if num_splits == 1:
-        store_out(out)
-        return
-    num_live = _num_live_splits(num_cached, num_splits, config)
-    pl.when((num_live == 1) & (split == 0))(lambda: store_out(out))
-
-    @pl.when((num_live > 1) & (split < num_live))
-    def _store_partial():
-        where = partial_ref.at[row, split, heads[:, None], dims]
-        pltriton.store(where, out, mask=in_group[:, None])
-        lse = row_max * (scale * _LOG2_E) + jnp.log2(row_sum)
-        pltriton.store(lse_ref.at[row, split, heads], lse, mask=in_group)
-        pltriton.debug_barrier()  # the whole program has stored before it says so
-        num_arrived = pltriton.atomic_add(arrivals_ref, (row, kv_head), 1)
-
-        @pl.when(num_arrived == num_live - 1)
-        def _combine():
-            arrivals_ref[row, kv_head] = 0
-            store_out(_combined(partial_ref, lse_ref, row, heads, in_group, num_live))
+    first, last = _split_range(num_cached, split, call.num_splits, call.config)
+    _, softmax = jax.lax.fori_loop(first, last, attend_tile, (load_pages(first), begin))
+    return softmax
 
 
-def _name_refs(refs: tuple[jax.Array, ...], num_splits: int) -> tuple[jax.Array | None, ...]:
-    """What a kernel has beside its inputs: with splits also counters [B, K] and partials."""
-    if num_splits == 1:
-        out_ref, new_kv_ref = refs
-        return None, out_ref, new_kv_ref, None, None
-    return refs  # arrivals, out, new_kv, partial [B, splits, N, H], lse [B, splits, N]
+def _combine_splits(
+    partial_ref, lse_ref, row: jax.Array, heads: jax.Array, num_live: jax.Array, call: _Call
+) -> _Softmax:
+    """One softmax out of all live splits', in the order of the splits, whoever came last."""
 
-
-def _combined(
-    partial_ref: jax.Array,
-    lse_ref: jax.Array,
-    row: jax.Array,
-    heads: jax.Array,
-    in_group: jax.Array,
-    num_live: jax.Array,
-) -> jax.Array:
-    """The partials of all live splits as one, in the order of the splits, whoever came last."""
-    num_splits, head_dim = partial_ref.shape[1], partial_ref.shape[-1]
-    dims = jnp.arange(head_dim)
-
-    def load_lse(splits):
-        mask = (splits < num_live)[:, None] & in_group[None, :]
-        where = lse_ref.at[row, splits[:, None], heads[None, :]]
-        return pltriton.load(where, mask=mask, other=-jnp.inf, volatile=True)
-
-    lse = load_lse(jnp.arange(num_splits))
-    top = jnp.where(in_group, lse.max(axis=0), 0.0)
-    total = jnp.exp2(lse - top[None, :]).sum(axis=0)
-
-    def add(i, acc):
+    def merge(i, softmax):
         splits = i * _COMBINED_AT_ONCE + jnp.arange(_COMBINED_AT_ONCE)
-        mask = (splits < num_live)[:, None] & in_group[None, :]
+        mask = (splits < num_live)[:, None] & call.in_group[None, :]
+        # Volatile: they were written by other programs, so not from this one's cache.
+        lse = pltriton.load(
+            lse_ref.at[row, splits[:, None], heads[None, :]],
+            mask=mask,
+            other=jnp.finfo(jnp.float32).min,
+            volatile=True,
+        )
         partial = pltriton.load(
-            partial_ref.at[row, splits[:, None, None], heads[None, :, None], dims[None, None, :]],
+            partial_ref.at[row, splits[:, None, None], heads[None, :, None], call.dims[None]],
             mask=mask[:, :, None],
             other=0.0,
             volatile=True,
         )
-        weights = jnp.exp2(load_lse(splits) - top[None, :])
-        return acc + (weights[:, :, None] * partial).sum(axis=0)
+        top = jnp.maximum(softmax.top, lse.max(axis=0))
+        weights, rescale = jnp.exp2(lse - top[None, :]), jnp.exp2(softmax.top - top)
+        return _Softmax(
+            top=top,
+            total=softmax.total * rescale + weights.sum(axis=0),
+            acc=softmax.acc * rescale[:, None] + (weights[:, :, None] * partial).sum(axis=0),
+        )
 
-    acc = jnp.zeros((heads.shape[0], head_dim), jnp.float32)
-    acc = jax.lax.fori_loop(0, pl.cdiv(num_live, _COMBINED_AT_ONCE), add, acc)
-    return acc / jnp.where(in_group, total, 1.0)[:, None]
+    begin = _Softmax(
+        top=jnp.full(call.packed, jnp.finfo(jnp.float32).min),
+        total=jnp.zeros(call.packed, jnp.float32),
+        acc=jnp.zeros((call.packed, call.head_dim), jnp.float32),
+    )
+    return jax.lax.fori_loop(0, pl.cdiv(num_live, _COMBINED_AT_ONCE), merge, begin)
 
 
 def _split_tiles(num_cached: jax.Array, num_splits: int, config: TuningConfig) -> jax.Array:
@@ -283,7 +325,7 @@ def _num_live_splits(num_cached: jax.Array, num_splits: int, config: TuningConfi
     return jnp.maximum(pl.cdiv(num_tiles, _split_tiles(num_cached, num_splits, config)), 1)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "config", "interpret", "chunk"))
+@functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))
 def paged_decode_attention(
     q: Float[Array, "B N H"],
     k: Float[Array, "B K H"],
@@ -297,8 +339,6 @@ def paged_decode_attention(
     scale: float,
     config: TuningConfig | None = None,
     interpret: bool = False,
-    prefetch: jax.Array | None = None,
-    chunk: int = 8192,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "pages 2 K page_size H"]]:
     """Appends one token per row and attends to its pages; see `api.paged_decode_attention`.
 
@@ -317,12 +357,6 @@ def paged_decode_attention(
     flat = kv_pages.reshape(-1, head_dim)
     inputs = [qkv, cos, sin, flat, page_table, kv_lens]
     outputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, flat)]
-    if num_splits == 1:
-        prefetch = None
-    extra = 0
-    if prefetch is not None:
-        inputs.append(prefetch.reshape(-1))
-        extra = -(-prefetch.size // (chunk * batch * num_kv_heads))
     if num_splits > 1:
         # NOTE: the kernel counts in this input, and leaves it as it was, all zero: XLA may give
         # the same zeros to every call, which run one after another.
@@ -330,13 +364,10 @@ def paged_decode_attention(
         partial_shape = (batch, num_splits, num_heads, head_dim)
         outputs.append(jax.ShapeDtypeStruct(partial_shape, jnp.float32))
         outputs.append(jax.ShapeDtypeStruct(partial_shape[:-1], jnp.float32))
-    if prefetch is not None:
-        outputs.append(jax.ShapeDtypeStruct((1,), jnp.float32))
-    kernel = functools.partial(
-        _decode_kernel,
-        prefetch=0 if prefetch is None else chunk,
+    call = _Call(
         group=num_heads // num_kv_heads,
         num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         page_size=page_size,
         num_splits=num_splits,
         scale=scale,
@@ -346,8 +377,8 @@ def paged_decode_attention(
     # The lengths are not known here; the pool bounds what all rows together can hold.
     kv_tokens = min(batch * page_table.shape[1], num_pages) * page_size
     out, flat, *_ = pl.pallas_call(
-        kernel,
-        grid=(num_kv_heads, batch, num_splits + extra),
+        functools.partial(_decode_kernel, call=call),
+        grid=(num_kv_heads, batch, num_splits),
         out_shape=outputs,
         input_output_aliases={3: 1},
         compiler_params=pltriton.CompilerParams(
