@@ -5,7 +5,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from jaxengine import build as builder
@@ -14,6 +14,7 @@ from jaxengine.chat import render
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.defaults import default_params, with_defaults
 from jaxengine.errors import RequestError
+from jaxengine.imap import aimap, imap, merged_arguments
 from jaxengine.locate import locate
 from jaxengine.log import logger
 from jaxengine.pooling import (
@@ -24,6 +25,7 @@ from jaxengine.pooling import (
     read_scores,
     score_prompts,
 )
+from jaxengine.progress import Progress
 from jaxengine.requests import group_size, parse_call
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.sampling import as_sampler, default_sampler
@@ -117,6 +119,7 @@ class Engine:
                 context_length=built.limits.context_length,
                 max_total_tokens=built.limits.max_total_tokens,
                 random_seed=config.random_seed,
+                allow_auto_truncate=config.allow_auto_truncate,
                 stream_interval=config.stream_interval,
             )
             # Calls under way hold it, too: the engine stops when nobody wants anything of it.
@@ -126,7 +129,7 @@ class Engine:
             self._finalizer.atexit = False
             atexit.register(self._finalizer)
             # The engine answers once the smallest programs are there; the others follow.
-            built.programs.wait(all_of_them=False)
+            built.programs.wait_first()
         except BaseException:  # Ctrl-C, too
             built.programs.stop()
             self.shutdown()
@@ -155,6 +158,7 @@ class Engine:
         capture: Any = None,
         companions: Any = None,
         stream: bool = False,
+        progress: bool = False,
         rid: Any = None,
         **others: Any,
     ) -> Any:
@@ -198,6 +202,7 @@ class Engine:
             combines their logits; a list, or one list a prompt.
           stream: Give an iterator of outputs as they grow: `text` and `output_ids` so far, and
             what is new in `delta_text` and `delta_ids`; for a list also `index`.
+          progress: Show a bar with tokens per second, the time left and prefix-cache hits.
           rid: The request's id, in `meta_info["id"]`; fresh when None.
           **others: Further arguments of SGLang, refused by name where they are set.
 
@@ -229,7 +234,10 @@ class Engine:
             rid=rid,
             others=others,
         )
-        return call if stream else call.collect()
+        if stream or not progress:
+            return call if stream else call.collect()
+        with Progress(call.num_samples, self.stats, unit="sample", is_shown=True) as bar:
+            return call.collect(bar.update)
 
     async def async_generate(
         self,
@@ -281,6 +289,53 @@ class Engine:
         )
         return call if stream else await call.acollect()
 
+    def imap(
+        self,
+        items: Iterable[Any],
+        sampling_params: Any = None,
+        *,
+        max_in_flight: int | None = None,
+        ordered: bool = True,
+        on_error: str = "raise",
+        **arguments: Any,
+    ) -> Iterator[Any]:
+        """Continues prompts as they come, lazily: a generator over any iterable, endless ones too.
+
+        With the same seed, item i gives what prompt i of a list gives to `generate`. Closing the
+        generator aborts what is in flight.
+
+        Args:
+          items: Each a text, a list of token ids, or a dict of arguments of `generate`; its own
+            sampling parameters go before those of the call. Taken when there is room.
+          sampling_params: For all items.
+          max_in_flight: Most items that run or wait; twice `max_running_requests` when None.
+          ordered: Results in the order of the items, as `generate` gives them for one; else
+            `(place, result)` as they end.
+          on_error: "raise", or "return" to give the exception of an item that fails in its place.
+          **arguments: Further arguments of `generate`, for all items.
+
+        Raises:
+          RequestError: For an item that is wrong, with `on_error="raise"`; the exception of one
+            that fails, likewise.
+          EngineDeadError: After `shutdown`, always.
+        """
+        start = self._item_starter({"sampling_params": sampling_params, **arguments})
+        return imap(start, items, **self._flow(max_in_flight, ordered, on_error))
+
+    def aimap(
+        self,
+        items: Iterable[Any] | AsyncIterable[Any],
+        sampling_params: Any = None,
+        *,
+        max_in_flight: int | None = None,
+        ordered: bool = True,
+        on_error: str = "raise",
+        **arguments: Any,
+    ) -> AsyncIterator[Any]:
+        """`imap` for coroutines: an async generator; the items may come asynchronously, too."""
+        start = self._item_starter({"sampling_params": sampling_params, **arguments})
+        return aimap(start, items, **self._flow(max_in_flight, ordered, on_error))
+
     def abort(self, rid: str) -> None:
         """Ends a request by its exact id; its caller gets what there is, `finish_reason` "abort".
 
@@ -307,9 +362,25 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def wait_until_compiled(self) -> None:
-        """Waits until every program is ready, so that nothing after is slowed by compiling."""
-        self._programs.wait(all_of_them=True)
+    def wait_until_compiled(self, *, background: bool = False) -> None:
+        """Waits until the programs the engine began with are ready.
+
+        Args:
+          background: Also for those compiled ahead of need: steps without a sampler, and fused
+            forms of samplers that calls brought. Nothing after is slowed by compiling then.
+        """
+        self._programs.wait(background=background)
+
+    @property
+    def params(self) -> Any:
+        """The model's arrays on the device, as `jaxengine.models` names them; None after
+        `shutdown`."""
+        return self._runner.params
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it takes requests."""
+        return not self._worker.is_dead
 
     def stats(self) -> dict[str, Any]:
         """Counts and times since the start: queue, pages, tokens, windows, start-up."""
@@ -523,6 +594,25 @@ class Engine:
         )
         return self._submitter.submit(parsed, samples, has_text=bool(return_text_in_logprobs))
 
+    def _item_starter(self, common: dict[str, Any]) -> Callable[[Any, int], Call]:
+        def start(item: Any, place: int) -> Call:
+            return self._start(**merged_arguments(common, item, place, _START_DEFAULTS))
+
+        return start
+
+    def _flow(self, max_in_flight: int | None, ordered: bool, on_error: str) -> dict[str, Any]:
+        if on_error not in ("raise", "return"):
+            raise RequestError(f'`on_error` must be "raise" or "return", got {on_error!r}.')
+        if max_in_flight is None:
+            max_in_flight = 2 * (self.config.max_running_requests or 1)
+        if max_in_flight < 1:
+            raise RequestError(f"`max_in_flight` must be at least 1, got {max_in_flight}.")
+        return {
+            "max_in_flight": max_in_flight,
+            "is_ordered": ordered,
+            "returns_errors": on_error == "return",
+        }
+
     def _live_sampler(
         self, sampler: Any, processor: Any, capture: Any, group_size: int
     ) -> LiveSampler:
@@ -537,6 +627,13 @@ class Engine:
                 raise RequestError("`capture` must map names to functions (logits, drawn, ctx).")
             chosen = chosen._replace(capture={**chosen.capture, **capture})
         return self._samplers.get(chosen, group_size, forget=self._programs.drop)
+
+
+_START_DEFAULTS = {
+    **dict.fromkeys(("prompt", "sampling_params", "input_ids")),
+    **{k: v for k, v in (Engine.generate.__kwdefaults__ or {}).items() if k != "progress"},
+}
+"""What `generate` takes where an item of `imap` does not say."""
 
 
 def _stop(worker: Worker, programs: Any) -> None:

@@ -12,6 +12,7 @@ from jaxengine.call import Call
 from jaxengine.channel import Channel
 from jaxengine.errors import PromptTooLongError, RequestError
 from jaxengine.hidden import HiddenCollector
+from jaxengine.log import logger
 from jaxengine.outputs import SequenceOutput
 from jaxengine.params import SamplingParams, derive_seed, fresh_seed
 from jaxengine.requests import ParsedCall, PromptRequest
@@ -38,6 +39,7 @@ class Submitter:
         context_length: int,
         max_total_tokens: int,
         random_seed: int | None,
+        allow_auto_truncate: bool,
         stream_interval: int = 1,
     ) -> None:
         """Starts with nothing in flight.
@@ -50,6 +52,7 @@ class Submitter:
           context_length: Longest prompt plus output, in tokens.
           max_total_tokens: Tokens the KV pages hold.
           random_seed: Seed from which requests without one draw theirs; fresh ones when None.
+          allow_auto_truncate: Prompts that are too long lose their end.
           stream_interval: Tokens between two outputs of a stream, where a request does not say.
         """
         self._worker = worker
@@ -59,6 +62,7 @@ class Submitter:
         self._eos = eos_token_ids
         self._context_length = context_length
         self._max_total_tokens = max_total_tokens
+        self._allow_auto_truncate = allow_auto_truncate
         self._seeds = None if random_seed is None else np.random.default_rng(random_seed)
         self._seq_ids = itertools.count()
         self._rids: dict[str, list[SequenceRequest]] = {}
@@ -73,7 +77,7 @@ class Submitter:
         Raises:
           RequestError: For a prompt that does not fit, or has no tokens.
         """
-        prompt_ids = self._tokenize(parsed)
+        prompt_ids = map(self._fitted, self._tokenize(parsed), parsed.requests)
         return [
             self._sequence(request, ids, sample, live, is_streaming=is_streaming)
             for request, ids in zip(parsed.requests, prompt_ids, strict=True)
@@ -146,6 +150,14 @@ class Submitter:
                 raise RequestError(f"Prompt {request.index} has no tokens: {request.text!r}.")
         return [np.asarray(row, np.int32) for row in rows]
 
+    def _fitted(self, ids: np.ndarray, request: PromptRequest) -> np.ndarray:
+        """The prompt, without its end where that is allowed and leaves room for one token."""
+        most = min(self._context_length, self._max_total_tokens) - 1
+        if not self._allow_auto_truncate or len(ids) <= most or request.embeds is not None:
+            return ids
+        logger.warning("Prompt %d of %d tokens is cut to %d.", request.index, len(ids), most)
+        return ids[:most]
+
     def _sequence(
         self,
         request: PromptRequest,
@@ -182,7 +194,7 @@ class Submitter:
             min_new_tokens=params.min_new_tokens,
             stop_token_ids=stop_ids,
             ignore_eos=params.ignore_eos,
-            seed=seed if is_exact else derive_seed(seed, request.index, sample),
+            seed=seed if is_exact else derive_seed(seed, request.seed_key, sample),
             values=request.values,
             sampler_id=live.sampler_id,
             sampler=live,

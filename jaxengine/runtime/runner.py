@@ -14,16 +14,10 @@ from jaxengine.errors import EngineDeadError, SamplerError
 from jaxengine.models.family import Params
 from jaxengine.runtime import batch, results
 from jaxengine.runtime.decode_loop import Results, SamplerSteps
+from jaxengine.runtime.executables import GPU_WINDOW_OPTIONS, ProgramSpec
 from jaxengine.runtime.forward import Embeds, Forward, Hidden
 from jaxengine.runtime.kv_cache import abstract_kv_cache
-from jaxengine.runtime.programs import (
-    GPU_WINDOW_OPTIONS,
-    IDLE,
-    LATER,
-    ProgramKey,
-    Programs,
-    ProgramSpec,
-)
+from jaxengine.runtime.programs import IDLE, LATER, ProgramKey, Programs
 from jaxengine.runtime.samplers import LiveSampler, Samplers
 from jaxengine.runtime.sharding import kv_sharding, replicated
 from jaxengine.runtime.state import COUNT_DTYPE, DeviceState, Seats
@@ -399,8 +393,7 @@ class Runner:
         """
         factory = self._factory
         if scores:
-            for tokens in factory.forward.buckets.prefill_tokens:
-                self._program(ProgramKey("score", tokens), factory.scores)
+            self._wait_for(factory.scores())
         is_own = sampler is self._samplers.own
         if hidden and is_own:
             is_cached = are_equal(sampler.steps.sampler, default_sampler())
@@ -409,14 +402,14 @@ class Runner:
             self._wait_for(factory.embeds())
         if is_own and not embeds:
             return
-        for specs in (factory.split(sampler.steps), {} if is_own else factory.forwards()):
-            if any(key not in self._programs for key in specs):
-                self._programs.add(specs, IDLE)
         buckets, owner = factory.forward.buckets, sampler.steps.owner
-        draws = [ProgramKey("draw", rows, owner=owner) for rows in buckets.split_rows]
+        keys = [ProgramKey("draw", rows, owner=owner) for rows in buckets.split_rows]
+        keys += [ProgramKey("seat", owner=owner), *(() if is_own else factory.first_forwards())]
+        if any(key not in self._programs for key in keys):
+            specs = {**factory.split(sampler.steps), **factory.forwards()}
+            self._programs.add({key: specs[key] for key in keys}, IDLE)
         try:
-            first = () if is_own else factory.first_forwards()
-            for key in (*draws, ProgramKey("seat", owner=owner), *first):
+            for key in keys:
                 self._programs.get(key)
         except EngineDeadError:
             raise
@@ -491,7 +484,7 @@ class Runner:
             drawn += self._draw(plan, samplers, logits, last, 0)
             return self._handle(plan, drawn, self._score(plan, hidden))
         buckets = self._factory.forward.buckets
-        num_rows = min(rows for rows in buckets.split_rows if rows >= len(plan.rows))
+        num_rows = buckets.split_size(len(plan.rows))
         key = ProgramKey("forward_decode", num_rows, plan.num_pages)
         program = self._program(key, self._factory.forwards)
         packed = self._pack_decode(plan, num_rows)
@@ -556,7 +549,7 @@ class Runner:
     ) -> Any:
         """A program the engine did not begin with."""
         if key not in self._programs:
-            self._programs.add(specs(), IDLE)
+            self._programs.add({key: specs()[key]}, IDLE)
         return self._programs.get(key)
 
     def _score(self, plan: PrefillPlan, hidden: Hidden) -> dict[str, jax.Array]:

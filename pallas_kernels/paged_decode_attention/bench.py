@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_decode_attention import reference, triton
+from pallas_kernels.paged_decode_attention import reference, triton, tuning
 from pallas_kernels.paged_decode_attention.arg_specs import ARG_SPECS, ArgSpec
 from pallas_kernels.timing import time_configs
 
@@ -27,9 +27,9 @@ _CALLS_PER_RUN = 512
 _TOLERANCE = 1e-2
 
 
-def _grid(**choices: Sequence[int]) -> list[triton.TuningConfig]:
+def _grid(**choices: Sequence[int]) -> list[tuning.TuningConfig]:
     return [
-        triton.TuningConfig(**dict(zip(choices, values, strict=True)))
+        tuning.TuningConfig(**dict(zip(choices, values, strict=True)))
         for values in itertools.product(*choices.values())
     ]
 
@@ -69,7 +69,7 @@ def rows(
 
 
 def _spec_rows(
-    spec: ArgSpec, device: Any, sweep: Sequence[triton.TuningConfig]
+    spec: ArgSpec, device: Any, sweep: Sequence[tuning.TuningConfig]
 ) -> Iterator[dict[str, Any]]:
     num_bytes = spec.cache_elements * _DTYPE.itemsize
     num_tables = min(-(-_COLD_BYTES // max(num_bytes, 1)), _MAX_TABLES)
@@ -80,7 +80,7 @@ def _spec_rows(
     q, kv_lens = q[:batch], kv_lens[:batch]
     tables = page_table.reshape(num_tables, batch, -1)
     calls = [(tables[i % num_tables], kv_lens) for i in range(max(num_tables, _MIN_CALLS))]
-    default = triton.default_config(q)
+    default = tuning.default_config(q)
     for timing in time_configs(
         functools.partial(triton.paged_decode_attention, scale=spec.heads.scale),
         [default, *(config for config in sweep if config != default)],
@@ -99,7 +99,7 @@ def _spec_rows(
             "is_correct": timing.error <= _TOLERANCE,
             "error": timing.error,
             "failure": timing.failure,
-            "num_splits": triton.choose_num_splits(
+            "num_splits": tuning.choose_num_splits(
                 timing.config, batch, spec.heads.num_kv_heads, spec.pages_per_row * spec.page_size
             ),
             "config": dataclasses.asdict(timing.config),

@@ -26,21 +26,9 @@ POOL_TOKENS = 240
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("executables")
-    folder.chmod(0o700)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def settings(cache_dir: Path) -> dict[str, Any]:
     """Settings of every tiny engine: any two of them share their executables."""
     return {**SETTINGS, "max_total_tokens": POOL_TOKENS, "cache_dir": str(cache_dir)}
-
-
-@pytest.fixture(scope="session")
-def demo_settings(cache_dir: Path) -> dict[str, Any]:
-    return {**SETTINGS, "max_total_tokens": 512, "cache_dir": str(cache_dir)}
 
 
 @pytest.fixture(scope="session")
@@ -69,14 +57,6 @@ def step_engine(step_settings: dict[str, Any], tokenizer: Any) -> Iterator[jaxen
     """The tiny model with the host looking at every token."""
     model = tiny.engine_arguments()
     with jaxengine.Engine(**model, tokenizer=tokenizer, **step_settings) as engine:
-        engine.wait_until_compiled()
-        yield engine
-        assert_idle(engine)
-
-
-@pytest.fixture(scope="session")
-def demo(demo_settings: dict[str, Any]) -> Iterator[jaxengine.Engine]:
-    with jaxengine.Engine(model_path=jaxengine.DEMO_MODEL, **demo_settings) as engine:
         engine.wait_until_compiled()
         yield engine
         assert_idle(engine)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.paged_decode_attention import api, triton
+from pallas_kernels.paged_decode_attention import api, triton, tuning
 from pallas_kernels.paged_decode_attention.arg_specs import ARG_SPECS, ArgSpec
 from tests.pallas_kernels import oracle
 
@@ -60,7 +60,7 @@ def test_interpreted_triton_matches_reference(name: str, seed: int):
 def test_splits_do_not_change_the_result(num_splits: int, min_split_tiles: int, seed: int):
     spec = spec_named("multi-head-b4-odd")
     args = spec.arrays(jnp.float32, seed)
-    config = triton.TuningConfig(
+    config = tuning.TuningConfig(
         block_kv=16, num_splits=num_splits, min_split_tiles=min_split_tiles
     )
     got = triton.paged_decode_attention(
@@ -89,16 +89,16 @@ def test_triton_matches_reference_in_other_dtypes(spec: ArgSpec, dtype: jnp.dtyp
 def test_triton_splits_do_not_change_the_result(num_splits: int, seed: int):
     spec = spec_named("qwen2.5-32b-b16")
     args = spec.arrays(jnp.bfloat16, seed)
-    config = triton.TuningConfig(block_kv=32, num_splits=num_splits, min_split_tiles=1)
+    config = tuning.TuningConfig(block_kv=32, num_splits=num_splits, min_split_tiles=1)
     got = triton.paged_decode_attention(*args, scale=spec.heads.scale, config=config)
     oracle.assert_close(got, run(spec, "reference", args))
 
 
 def test_splits_fill_the_gpu_at_a_small_batch_only():
-    config = triton.TuningConfig(target_programs=1056, min_split_tiles=2, block_kv=64)
+    config = tuning.TuningConfig(target_programs=1056, min_split_tiles=2, block_kv=64)
 
     def splits(batch: int, max_tokens: int) -> int:
-        return triton.choose_num_splits(config, batch, 2, max_tokens)
+        return tuning.choose_num_splits(config, batch, 2, max_tokens)
 
     assert splits(1, 1024) == 8  # 128 tokens at least
     assert splits(1, 131_072) == 64
