@@ -6,7 +6,6 @@ values alone. Every row was compared with the reference in the same run.
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -75,20 +74,31 @@ def _spec_rows(
     num_tables = min(-(-_COLD_BYTES // max(num_bytes, 1)), _MAX_TABLES)
     # Tables of different pages of one pool, so that a call finds nothing in the caches.
     many = dataclasses.replace(spec, kv_lens=spec.kv_lens * num_tables)
-    q, kv_pages, page_table, kv_lens = many.arrays(_DTYPE, seed=0)
+    *new, kv_pages, page_table, kv_lens = many.arrays(_DTYPE, seed=0)
     batch = len(spec.kv_lens)
-    q, kv_lens = q[:batch], kv_lens[:batch]
+    q, *shared = (array[:batch] for array in new)
+    kv_lens = kv_lens[:batch]
     tables = page_table.reshape(num_tables, batch, -1)
     calls = [(tables[i % num_tables], kv_lens) for i in range(max(num_tables, _MIN_CALLS))]
     default = tuning.default_config(q)
+
+    def op(carry: tuple[Any, ...], k: Any, v: Any, cos: Any, sin: Any, *call: Any, config: Any):
+        q, kv_pages = carry
+        return triton.paged_decode_attention(
+            q, k, v, cos, sin, kv_pages, *call, scale=spec.heads.scale, config=config
+        )
+
+    want, _ = reference.paged_decode_attention(
+        q, *shared, kv_pages, *calls[0], scale=spec.heads.scale
+    )
     for timing in time_configs(
-        functools.partial(triton.paged_decode_attention, scale=spec.heads.scale),
+        op,
         [default, *(config for config in sweep if config != default)],
-        q,
-        (kv_pages,),
+        (q, kv_pages),
+        tuple(shared),
         calls,
         num_rounds=max(_CALLS_PER_RUN // len(calls), 1),
-        want=reference.paged_decode_attention(q, kv_pages, *calls[0], scale=spec.heads.scale),
+        want=want,
     ):
         yield {
             "op": "paged_decode_attention",

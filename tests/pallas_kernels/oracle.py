@@ -7,14 +7,14 @@ TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2}
 """Allowed error, absolute and relative, by dtype of the inputs."""
 
 
-def assert_close(got: jax.Array, want: jax.Array | np.ndarray):
+def assert_close(got: jax.Array, want: jax.Array | np.ndarray, *, equal_nan: bool = False):
     tolerance = TOLERANCE[str(got.dtype)]
     np.testing.assert_allclose(
         np.asarray(got, np.float64),
         np.asarray(want, np.float64),
         atol=tolerance,
         rtol=tolerance,
-        equal_nan=False,
+        equal_nan=equal_nan,
     )
 
 
