@@ -16,7 +16,7 @@ def call(
     op: str,
     implementations: Mapping[str, Callable[..., Any]],
     implementation: str | None,
-    *args: jax.Array,
+    *args: jax.Array | None,
     **kwargs: Any,
 ) -> Any:
     """Calls one of `implementations`.

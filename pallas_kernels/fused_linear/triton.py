@@ -53,7 +53,7 @@ class _Call:
         return self.config.block_k * self.config.num_loads
 
 
-def _load(ref: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _load(ref, mask: jax.Array | None) -> jax.Array:
     return pltriton.load(ref, mask=mask, other=None if mask is None else 0.0)
 
 
@@ -61,7 +61,7 @@ def _finish(
     sums: list[jax.Array],  # [..., block_n] each, float32
     square_sum: jax.Array | None,  # [...] of x, with a norm
     columns: list[jax.Array],
-    bias_ref: jax.Array | None,
+    bias_ref,
     call: _Call,
 ) -> jax.Array:
     """What follows the product, but for the residual."""

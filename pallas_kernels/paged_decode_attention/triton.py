@@ -148,8 +148,10 @@ def _decode_kernel(
             pltriton.store(where, out, mask=call.in_group[:, None])
             lse = softmax.top * call.log2_scale + jnp.log2(softmax.total)
             pltriton.store(lse_ref.at[row, split, heads], lse, mask=call.in_group)
-            pltriton.debug_barrier()  # the whole program has stored before it says so
-            num_arrived = pltriton.atomic_add(arrivals_ref, (row, kv_head), 1)
+            if not call.interpret:
+                pltriton.debug_barrier()  # the whole program has stored before it says so
+            one = jnp.ones((), jnp.int32)
+            num_arrived = pltriton.atomic_add(arrivals_ref, (row, kv_head), one)
 
             @pl.when(num_arrived == num_live - 1)
             def _combine():
