@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax
 
-Implementation = Literal["reference", "triton", "triton_interpret"]
+Implementation = Literal["reference", "triton", "jax_triton", "triton_interpret"]
 
 _log = logging.getLogger("pallas_kernels")
 

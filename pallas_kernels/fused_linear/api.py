@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.fused_linear import reference, triton, tuning
+from pallas_kernels.fused_linear import jax_triton, reference, triton, tuning
 
 IMPLEMENTATIONS = {
     "reference": reference.fused_linear,
     "triton": triton.fused_linear,
+    "jax_triton": jax_triton.fused_linear,
     "triton_interpret": functools.partial(triton.fused_linear, interpret=True),
 }
 
@@ -41,8 +42,8 @@ def fused_linear(
       bias: Added to the product.
       glu: Activation of the gate, for example `jax.nn.silu`.
       residual: Added last.
-      implementation: "reference", "triton" or "triton_interpret"; None takes on a GPU the one that
-        is faster for these shapes, and the reference elsewhere.
+      implementation: "reference", "triton", "jax_triton" or "triton_interpret"; None takes Triton
+        on a GPU where it is faster for these shapes, and the reference elsewhere.
 
     Raises:
       ValueError: Shapes or dtypes do not fit together.

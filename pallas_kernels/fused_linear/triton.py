@@ -152,9 +152,7 @@ def fused_linear(
     """
     config = config or find_config(x, weight, is_gated=glu is not None)
     if config is None:
-        raise NotImplementedError(
-            f"{x.shape[0]} rows of {x.dtype} times {weight.shape}: a plain product is faster"
-        )
+        raise NotImplementedError(why_not(x, weight))
     num_rows, depth = x.shape
     num_columns = weight.shape[0] // (1 if glu is None else 2)
     call = _Call(
@@ -183,3 +181,8 @@ def fused_linear(
         interpret=interpret,
         name="fused_linear",
     )(x, weight, *(operands[name] for name in given))
+
+
+def why_not(x: jax.Array, weight: jax.Array) -> str:
+    """Why there are no tiles for these shapes."""
+    return f"{x.shape[0]} rows of {x.dtype} times {weight.shape}: a plain product is faster"

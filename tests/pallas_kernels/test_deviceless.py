@@ -94,6 +94,16 @@ def test_kernel_compiles_at_every_spec(
         assert_compiles(target, op, spec, dtype)
 
 
+def test_the_product_compiles_through_jax_triton():
+    pytest.importorskip("jax_triton")
+    (spec,) = [spec for spec in linear_specs.ARG_SPECS if spec.name == "all-m1"]
+    args = jax.tree.map(lambda x: deviceless.arg(x.shape, x.dtype), spec.shapes(jnp.bfloat16))
+    compiled = deviceless.compile_for_h200(
+        lambda args: fused_linear(**args, **spec.options, implementation="jax_triton"), args
+    )
+    assert 'custom_call_target="triton_kernel_call_ffi"' in str(compiled.as_text())
+
+
 def test_kernels_of_equal_layers_are_traced_and_compiled_once():
     spec = decode_specs.ARG_SPECS[0]
     args = [deviceless.arg(x.shape, x.dtype) for x in spec.shapes(jnp.bfloat16)]

@@ -2,6 +2,7 @@
 
 import inspect
 import secrets
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.fused_linear import api, tuning
+from pallas_kernels.fused_linear import api, jax_triton, tuning
 from pallas_kernels.fused_linear.arg_specs import ARG_SPECS, ArgSpec
 from tests.pallas_kernels.oracle import assert_close
 
@@ -58,13 +59,26 @@ def test_interpreted_triton_is_the_definition(name: str, seed: int):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["triton", "jax_triton"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda spec: spec.name)
-def test_triton_is_the_definition(spec: ArgSpec, dtype: jnp.dtype, seed: int):
+def test_kernel_is_the_definition(
+    spec: ArgSpec, dtype: jnp.dtype, implementation: Implementation, seed: int
+):
+    if implementation == "jax_triton":
+        pytest.importorskip("jax_triton")
     args = spec.arrays(dtype, seed)
-    got = run(spec, "triton", args)
+    got = run(spec, implementation, args)
     assert_close(got, expected(spec, args))
-    np.testing.assert_array_equal(got, run(spec, "triton", args))
+    np.testing.assert_array_equal(got, run(spec, implementation, args))
+
+
+def test_jax_triton_says_that_it_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    jax_triton._load.cache_clear()
+    (spec,) = [spec for spec in ARG_SPECS if spec.name == "all-m1"]
+    with pytest.raises(NotImplementedError, match=r"jax-triton is missing .* install"):
+        run(spec, "jax_triton", spec.arrays(jnp.bfloat16, 0))
 
 
 def test_many_rows_and_float32_are_left_to_a_plain_product():
