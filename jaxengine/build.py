@@ -26,8 +26,9 @@ from jaxengine.runtime.checkpoints import open_checkpoint
 from jaxengine.runtime.executables import ExecutableCache, default_cache_dir, fingerprint
 from jaxengine.runtime.forward import Forward
 from jaxengine.runtime.kv_cache import max_num_pages
+from jaxengine.runtime.program_factory import ProgramFactory
 from jaxengine.runtime.programs import IDLE, ProgramKey, Programs
-from jaxengine.runtime.runner import ProgramFactory, Runner
+from jaxengine.runtime.runner import Runner
 from jaxengine.runtime.samplers import Samplers
 from jaxengine.runtime.sharding import make_mesh
 from jaxengine.runtime.slots import sampler_layout, slot_layout
@@ -140,7 +141,7 @@ def build(
             if params is not None:
                 arrays = weights.check_params(params, target)
             else:
-                arrays = _load_params(config, family, model_config, target, progress)
+                arrays = load_params(config, family, model_config, target, progress)
         runner = Runner(factory, arrays, samplers, programs)
     except BaseException:
         programs.stop()
@@ -165,9 +166,15 @@ def _hidden_layers(config: EngineConfig, model: ModelConfig) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def _load_params(
+def load_params(
     config: EngineConfig, family: Family, model: ModelConfig, target: Params, progress: bool
 ) -> Params:
+    """The arrays of the checkpoint at `config.model_path`, on the device.
+
+    Raises:
+      WeightsError: For tensors that do not fit.
+      ConfigError: If there is no checkpoint.
+    """
     if config.load_format == "dummy":
         return weights.random_params(target)
     path = locate(config)

@@ -1,11 +1,20 @@
 """Engine: the public API. Text in and out, in one process, from any thread or event loop."""
 
 import atexit
+import dataclasses
 import os
 import sys
 import time
 import weakref
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from typing import Any
 
 from jaxengine import build as builder
@@ -25,21 +34,25 @@ from jaxengine.pooling import (
     read_scores,
     score_prompts,
 )
+from jaxengine.profiling import Profile
 from jaxengine.progress import Progress
 from jaxengine.requests import group_size, parse_call
+from jaxengine.residency import Residency, Running
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.sampling import as_sampler, default_sampler
 from jaxengine.sampling.processor import with_processor
+from jaxengine.sglang_names import SGLangNames
 from jaxengine.submit import Submitter
 from jaxengine.text.detokenizer import Vocabulary
 from jaxengine.text.tokenizer import eos_token_ids, load_tokenizer, set_chat_template
+from jaxengine.weight_sources import WeightSources
 from jaxengine.worker import Worker
 
 SHUTDOWN_TIMEOUT_S = 60.0
 """Longest wait for a device step that is under way."""
 
 
-class Engine:
+class Engine(SGLangNames):
     """An offline LLM engine with the interface of `sglang.Engine`.
 
     One process: no children, no ports, no signal handlers, no event-loop policy. Calls are safe
@@ -79,6 +92,7 @@ class Engine:
         """
         started = time.perf_counter()
         self._finalizer: weakref.finalize | None = None
+        self._profile: Profile | None = None
         given = {"model_path": str(model_path)}
         if isinstance(model_path, EngineConfig):
             given = model_path.settings()
@@ -111,6 +125,10 @@ class Engine:
                 tokenizer=self.tokenizer,
             )
             self._worker = Worker(built.core, built.runner.release)
+            self._residency = Residency(
+                self._worker, built.core, built.runner, self.config.weight_version
+            )
+            self._sources = WeightSources(self.config, self.model_config, built.runner.target)
             self._submitter = Submitter(
                 self._worker,
                 tokenizer=self.tokenizer,
@@ -119,6 +137,7 @@ class Engine:
                 context_length=built.limits.context_length,
                 max_total_tokens=built.limits.max_total_tokens,
                 random_seed=config.random_seed,
+                weight_versions=self._residency.versions,
                 allow_auto_truncate=config.allow_auto_truncate,
                 stream_interval=config.stream_interval,
             )
@@ -343,6 +362,81 @@ class Engine:
         """
         self._submitter.abort(rid)
 
+    # -- weights and memory
+
+    @property
+    def params(self) -> Any:
+        """The model's arrays on the device, as `jaxengine.models` names them.
+
+        Do not donate them. None while they are released, and after `shutdown`.
+        """
+        return self._runner.params
+
+    def update_weights(
+        self,
+        weights: Any,
+        *,
+        version: str | None = None,
+        running: Running = "finish",
+        partial: bool = False,
+    ) -> None:
+        """Puts other weights in the place of these: all of them or, on any error, none.
+
+        Names, shapes and dtypes are checked first; floats are cast to the engine's dtype. The
+        prefix cache is flushed. Every output's `weight_version` says what its last token was drawn
+        with; one that saw a change has `output_weight_versions`, a name a token.
+
+        Args:
+          weights: A tree like `params`, whose arrays are used as they are where dtype and placement
+            agree: nothing is copied, so do not donate them later (pass copies if you do). Or a dict
+            of Hugging Face names and numpy, jax or DLPack arrays; or a checkpoint folder or hub id.
+          version: Name of these weights; a number counted up when None.
+          running: "finish": requests under way end with the weights they have, and those that come
+            meanwhile wait. "keep": those under way go on with the new weights from the next step
+            on, over the keys and values they have; `pause("retract")` first has these made anew.
+          partial: A dict may lack names; what they name stays as it is.
+
+        Raises:
+          WeightsError: Names every missing, unexpected and misshapen tensor at once.
+        """
+        make = self._sources.read(weights, is_partial=partial)
+        name = str(len(self._residency.versions)) if version is None else version
+        self._residency.update(make, name, running)
+        if isinstance(weights, str | os.PathLike):
+            path = str(weights)
+            self.config = dataclasses.replace(self.config, model_path=path, served_model_name=path)
+
+    def weights_by_name(self, name: str) -> Any:
+        """The array that a checkpoint calls `name`, e.g. "model.norm.weight"; None for no such."""
+        return self._sources.named(name, self._runner.params)
+
+    def release_memory(
+        self, tags: Collection[str] | None = None, *, keep_copy: bool = True
+    ) -> dict[str, Any]:
+        """Frees device memory between uses; waits for requests under way, and lets others wait.
+
+        What is freed is free for this process at once. JAX's allocator gives it to other processes
+        only where JAX was started with XLA_PYTHON_CLIENT_ALLOCATOR=platform. Arrays that somebody
+        else holds, such as a trainer's own, stay.
+
+        Args:
+          tags: "weights", "kv_cache" (with all state of running requests), or both; None is both.
+          keep_copy: Keep the weights in host memory, for `resume_memory`; else they must come from
+            `update_weights`.
+
+        Returns:
+          Bytes that went, by tag, and the allocator's `bytes_in_use_before` and `bytes_in_use`.
+        """
+        return self._residency.release(tags, keep_copy=keep_copy)
+
+    def resume_memory(self, tags: Collection[str] | None = None) -> None:
+        """Brings back what `release_memory` took; with all of it there, requests go on.
+
+        Raises:
+          WeightsError: For weights that were released without a copy.
+        """
+        self._residency.resume(tags, self._sources.place)
+
     # -- lifetime
 
     def shutdown(self) -> None:
@@ -372,18 +466,43 @@ class Engine:
         self._programs.wait(background=background)
 
     @property
-    def params(self) -> Any:
-        """The model's arrays on the device, as `jaxengine.models` names them; None after
-        `shutdown`."""
-        return self._runner.params
-
-    @property
     def is_alive(self) -> bool:
         """Whether it takes requests."""
         return not self._worker.is_dead
 
+    def start_profile(self, output_dir: str | None = None, **others: Any) -> None:
+        """Starts a trace of the process; its steps are named by bucket, "decode_b32_p64_k8".
+
+        Args:
+          output_dir: Folder it will be written to; a fresh temporary one when None.
+          **others: What SGLang's torch profiler takes is ignored, with a warning.
+
+        Raises:
+          RuntimeError: If one is under way in this process.
+        """
+        for name in others:
+            logger.warning("`%s` of start_profile is ignored: JAX's profiler has no such.", name)
+        self._profile = Profile(output_dir)
+
+    def stop_profile(self) -> str:
+        """Writes the trace, and gives the path of the file to open at ui.perfetto.dev.
+
+        Raises:
+          RuntimeError: If none is under way.
+        """
+        if self._profile is None:
+            raise RuntimeError("No profile is under way; call `start_profile` first.")
+        profile, self._profile = self._profile, None
+        return str(profile.stop())
+
     def stats(self) -> dict[str, Any]:
-        """Counts and times since the start: queue, pages, tokens, windows, start-up."""
+        """Counts and times since the start.
+
+        Queue (`num_waiting`, `num_running`), pages (`num_free_pages`, `num_cached_pages`,
+        `cache_hit_rate`), tokens, each `_per_s` of the time the engine had work, windows by their
+        number of steps (`window_sizes`), and where that time went (`seconds`): "schedule",
+        "dispatch", "wait" for the device, and "text" in a thread of its own.
+        """
         return {
             **self._core.stats(),
             "startup_seconds": {**self._built_seconds, "total": self._startup_seconds},

@@ -11,7 +11,7 @@ from jaxengine.channel import Channel
 from jaxengine.display import Output
 from jaxengine.hidden import HiddenCollector
 from jaxengine.text.detokenizer import Detokenizer
-from jaxengine.types import HIDDEN, SequenceRequest, SequenceUpdate, StopReason
+from jaxengine.types import HIDDEN, WEIGHTS_ID, SequenceRequest, SequenceUpdate, StopReason
 
 type Decode = Callable[[int], str]
 
@@ -31,7 +31,7 @@ class SequenceOutput:
         detokenizer: Detokenizer | None,
         has_stop_strings: bool,
         decode: Decode | None,
-        weight_version: str,
+        weight_versions: Sequence[str],
         hidden: HiddenCollector | None = None,
         stream_interval: int = 1,
         has_prompt_ids: bool = False,
@@ -43,7 +43,7 @@ class SequenceOutput:
         detokenizer: None when ids are all that is wanted.
         has_stop_strings: Text must be looked at as it comes.
         decode: Gives a token's text, where logprobs are to carry it.
-        weight_version: Reported with every output.
+        weight_versions: Names of all weights the engine has had, by their ids; grows.
         hidden: Collects hidden states, where they are wanted.
         stream_interval: Tokens between two outputs of a stream, at least; the first comes at once.
         has_prompt_ids: Outputs carry the prompt's token ids.
@@ -53,7 +53,8 @@ class SequenceOutput:
         self._index = index
         self._detokenizer = detokenizer
         self._watches_text = has_stop_strings or request.is_streaming
-        self._weight_version = weight_version
+        self._weight_versions = weight_versions
+        self._weights_ids: list[tuple[int, int]] = []
         self._hidden = hidden
         self._stream_interval = stream_interval
         self._has_prompt_ids = has_prompt_ids
@@ -93,6 +94,7 @@ class SequenceOutput:
 
     def _take(self, update: SequenceUpdate) -> StopReason | None:
         self._ids += update.token_ids
+        self._note_weights(update)
         self._reports.push(update)
         self._undecoded += update.token_ids
         return self._read_text(update.finish)
@@ -126,6 +128,27 @@ class SequenceOutput:
             self._delta_text += text.finish()
         return finish
 
+    def _note_weights(self, update: SequenceUpdate) -> None:
+        """Remembers with which weights tokens were drawn, as (id, first token) of every change."""
+        ids = update.leaves.get(WEIGHTS_ID, ())
+        first = len(self._ids) - len(update.token_ids)
+        if update.token_ids and len(ids):
+            if not self._weights_ids or self._weights_ids[-1][0] != ids[0]:
+                self._weights_ids.append((int(ids[0]), first))
+
+    def _weight_version(self) -> str:
+        """Of the last token; the engine's where there is none."""
+        used = [weights_id for weights_id, first in self._weights_ids if first < len(self._ids)]
+        return self._weight_versions[used[-1] if used else -1]
+
+    def _token_versions(self) -> list[str]:
+        ends = [first for _, first in self._weights_ids[1:]] + [len(self._ids)]
+        return [
+            self._weight_versions[weights_id]
+            for (weights_id, first), end in zip(self._weights_ids, ends, strict=True)
+            for _ in range(first, end)
+        ]
+
     def _output(self, finish: StopReason | None, update: SequenceUpdate) -> dict[str, Any]:
         request = self._request
         now = time.perf_counter()
@@ -136,11 +159,13 @@ class SequenceOutput:
             "completion_tokens": len(self._ids),
             "cached_tokens": update.cached_tokens,
             "reasoning_tokens": 0,
-            "weight_version": self._weight_version,
+            "weight_version": self._weight_version(),
             "num_retractions": update.num_retractions,
             "seed": request.seed,
             **self._reports.logprobs(),
         }
+        if len(self._weights_ids) > 1:
+            meta["output_weight_versions"] = self._token_versions()
         if finish is not None:
             meta["e2e_latency"] = now - self._started
             if self._hidden is not None:

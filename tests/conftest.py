@@ -73,3 +73,32 @@ def demo(demo_settings: dict[str, Any]) -> Iterator[Any]:
         engine.wait_until_compiled()
         yield engine
         assert_idle(engine)
+
+
+@pytest.fixture(scope="session")
+def settings(cache_dir: Path) -> dict[str, Any]:
+    """Settings of every tiny engine: any two of them share their executables."""
+    from tests.engine.conftest import POOL_TOKENS, SETTINGS
+
+    return {**SETTINGS, "max_total_tokens": POOL_TOKENS, "cache_dir": str(cache_dir)}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """Of the tiny model."""
+    from tests.text.tokenizers_for_tests import byte_level
+
+    return byte_level()
+
+
+@pytest.fixture(scope="session")
+def engine(settings: dict[str, Any], tokenizer: Any) -> Iterator[Any]:
+    """The tiny model with a tokenizer."""
+    import jaxengine
+    from tests.engine import tiny
+    from tests.engine.conftest import assert_idle
+
+    with jaxengine.Engine(**tiny.engine_arguments(), tokenizer=tokenizer, **settings) as engine:
+        engine.wait_until_compiled()
+        yield engine
+        assert_idle(engine)

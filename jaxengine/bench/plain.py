@@ -19,6 +19,9 @@ from jaxengine.nn.attention import ForwardContext, dense_attention
 LOGITS_AT_ONCE = 128
 """Places whose logits exist at once."""
 
+GROWTH = 4
+"""From one padded length to the next: few programs to compile."""
+
 
 class Judged(NamedTuple):
     """What the plain path says of every output token, numpy arrays [n, ...].
@@ -65,7 +68,9 @@ class PlainModel:
           listed: Ids [n, K] to be judged at every place of the output.
         """
         text = prompt + output
-        size = max(LOGITS_AT_ONCE, 1 << (len(text) - 1).bit_length())
+        size = LOGITS_AT_ONCE
+        while size < len(text):
+            size *= GROWTH
         ids, wanted = np.zeros(size, np.int32), np.zeros(size, np.int32)
         others = np.zeros((size, listed.shape[1]), np.int32)
         where = slice(len(prompt) - 1, len(text) - 1)

@@ -81,6 +81,7 @@ def test_results_come_in_order_with_every_field(good: dict[str, dict]):
 def test_checks_hold_and_are_those_of_the_workload(good: dict[str, dict]):
     everywhere = {"lengths", "ids_in_vocabulary", "nothing_cached", "alone_as_in_batch"}
     everywhere |= {"logprobs_as_plain", "decided_tokens_as_plain", "tokens_pass_filters"}
+    everywhere |= {"plain_path_ran"}
     single = everywhere | {"replays_identical", "calls_agree"}
     assert set(good["w1"]["checks"]) == set(good["w4_p32"]["checks"]) == single
     assert set(good["w2"]["checks"]) == everywhere

@@ -2,14 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import jaxengine
 from tests.engine import tiny
-from tests.text.tokenizers_for_tests import byte_level
 
 SETTINGS = {
     "max_running_requests": 4,
@@ -23,26 +21,6 @@ SETTINGS = {
 
 POOL_TOKENS = 240
 """Tokens of the tiny engine's pages: less than its context, and much less than four of them."""
-
-
-@pytest.fixture(scope="session")
-def settings(cache_dir: Path) -> dict[str, Any]:
-    """Settings of every tiny engine: any two of them share their executables."""
-    return {**SETTINGS, "max_total_tokens": POOL_TOKENS, "cache_dir": str(cache_dir)}
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    return byte_level()
-
-
-@pytest.fixture(scope="session")
-def engine(settings: dict[str, Any], tokenizer: Any) -> Iterator[jaxengine.Engine]:
-    """The tiny model with a tokenizer."""
-    with jaxengine.Engine(**tiny.engine_arguments(), tokenizer=tokenizer, **settings) as engine:
-        engine.wait_until_compiled()
-        yield engine
-        assert_idle(engine)
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from jaxengine.nn.attention import ForwardContext
 from jaxengine.runtime import weights
 from jaxengine.runtime.decode_loop import SamplerSteps
 from jaxengine.runtime.forward import Forward
+from jaxengine.runtime.program_factory import ProgramFactory
 from jaxengine.runtime.programs import ProgramKey, ProgramSpec
-from jaxengine.runtime.runner import ProgramFactory
 from jaxengine.runtime.sharding import make_mesh
 from jaxengine.runtime.slots import slot_layout
 from jaxengine.sampling import (

@@ -30,7 +30,8 @@ taken as it is. A job that was killed goes on where it was when it is run again;
 says what the job was, and holds the lock that keeps a second run away.
 """
 
+from jaxengine.serve.batch.check import dry_run
 from jaxengine.serve.batch.config import BatchConfig, Report, Shard
-from jaxengine.serve.batch.job import dry_run, run
+from jaxengine.serve.batch.job import run
 
 __all__ = ["BatchConfig", "Report", "Shard", "dry_run", "run"]

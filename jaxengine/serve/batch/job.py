@@ -12,23 +12,25 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jaxengine
-from jaxengine.config import EngineConfig, ModelConfig
-from jaxengine.errors import ConfigError, JobError, RequestError
+from jaxengine.config import EngineConfig
+from jaxengine.errors import ConfigError, JobError
 from jaxengine.params import fresh_seed
 from jaxengine.progress import Progress
+from jaxengine.serve.batch.check import (
+    check_request,
+    folder_of,
+    model_config_of,
+    records_of,
+    row_reader,
+)
 from jaxengine.serve.batch.config import BatchConfig, Report
 from jaxengine.serve.batch.keys import Keys
 from jaxengine.serve.batch.lines import LineFile, StandardOutput
 from jaxengine.serve.batch.parts import PartFolder
-from jaxengine.serve.batch.read import count, format_of, parquet_files, read
+from jaxengine.serve.batch.read import count, format_of, parquet_files
 from jaxengine.serve.batch.results import ResultWriter, key_of
-from jaxengine.serve.batch.rows import SEEDS, Row, RowReader, max_tokens, passed_fields
+from jaxengine.serve.batch.rows import SEEDS, Row, max_tokens, passed_fields
 from jaxengine.serve.batch.sidecar import Sidecar, locked, model_identity
-from jaxengine.text.tokenizer import load_tokenizer
-
-MAX_SHOWN_ERRORS = 20
-"""Of these a dry run tells what is wrong; the others are counted."""
-
 
 HARMLESS = frozenset(
     """
@@ -73,7 +75,7 @@ def run(
       target: Output: a file, a name that ends in `.parquet` for a folder of parts, or "-".
       model_path: As for `Engine`; not needed with an engine.
       engine: One that is there already, and is left running.
-      sampler: As for `Engine`.
+      sampler: As for `Engine`. That its code changed is not noticed: pass `overwrite` then.
       engine_settings: Further settings of the engine.
       config: Settings of the job.
       **settings: The same, one by one.
@@ -96,7 +98,7 @@ def run(
     folder = _model_folder(engine, model_path)
     if engine is None and sampler is None and folder is not None:
         # A parameter that no row can have is better told now than row by row.
-        _check(config.sampling_params, [0], _model_config(folder))
+        check_request(config.sampling_params, [0], model_config_of(folder))
     with contextlib.ExitStack() as stack:
         is_piped, is_folder = str(target) == "-", target.suffix == ".parquet"
         sidecar = None
@@ -120,55 +122,6 @@ def run(
                 jaxengine.Engine(model_path=model_path, sampler=sampler, **more)
             )
         _Job(engine, config, decided, keys, report).run(source, output)
-    return report
-
-
-def dry_run(
-    source: str | Path,
-    *,
-    model_path: str,
-    engine_settings: dict[str, Any] | None = None,
-    config: BatchConfig | None = None,
-    **settings: Any,
-) -> Report:
-    """Checks every row and counts its tokens, with the tokenizer alone: no device is touched.
-
-    Args:
-      source: As for `run`.
-      model_path: As for `Engine`.
-      engine_settings: As for `run`; `context_length` is looked at.
-      config: Settings of the job.
-      **settings: The same, one by one.
-
-    Returns:
-      Rows, error rows and prompt tokens; what is wrong with the first ones is printed.
-    """
-    config = dataclasses.replace(config or BatchConfig(), **settings)
-    engine_config = EngineConfig.from_kwargs({"model_path": model_path, **(engine_settings or {})})
-    folder = _resolve(engine_config)
-    model = _model_config(folder)
-    max_tokens = engine_config.context_length or model.max_position_embeddings
-    tokenizer = load_tokenizer(engine_config.tokenizer_path or folder)
-    report, started = Report(), time.perf_counter()
-    with contextlib.closing(Keys()) as keys:
-        reader = _row_reader(str(source), config, tokenizer, max_tokens, keys, {})
-        for row in reader.read(_records(str(source), config)):
-            report.num_rows += 1
-            error: Exception | None = row.error
-            if error is None:
-                try:
-                    _check(row.arguments["sampling_params"], row.arguments["input_ids"], model)
-                except RequestError as wrong:
-                    error = wrong
-            if error is not None:
-                report.num_errors += 1
-                if report.num_errors <= MAX_SHOWN_ERRORS:
-                    print(f"line {row.line}: {error}", file=sys.stderr)
-                continue
-            num_tokens = len(row.arguments["input_ids"])
-            report.prompt_tokens += num_tokens
-            report.max_prompt_tokens = max(report.max_prompt_tokens, num_tokens)
-    report.seconds = time.perf_counter() - started
     return report
 
 
@@ -220,11 +173,11 @@ class _Job:
     def _items(self, source: str, bar: Progress) -> Iterator[Any]:
         """What the engine is given; a bad row is an exception in its place."""
         engine = self._engine
-        reader = _row_reader(
+        reader = row_reader(
             source, self._config, engine.tokenizer, max_tokens(engine), self._keys, self._params
         )
         place = itertools.count()
-        for row in reader.read(_records(source, self._config)):
+        for row in reader.read(records_of(source, self._config)):
             if self._is_stopping:
                 return
             self._report.num_rows += 1
@@ -278,28 +231,6 @@ class _Job:
                 signal.signal(number, handler)
 
 
-def _check(params: Any, input_ids: Any, model: ModelConfig) -> None:
-    """Checks a request as an engine with the built-in sampler would."""
-    from jaxengine.requests import parse_call
-    from jaxengine.sampling import default_sampler
-
-    try:
-        parse_call(
-            None,
-            params,
-            input_ids,
-            others={},
-            specs=default_sampler().params,
-            vocab_size=model.vocab_size,
-            hidden_size=model.hidden_size,
-            max_top_logprobs=0,
-            # Only whether there is one counts here.
-            tokenizer=True,
-        )
-    except TypeError as error:
-        raise RequestError(str(error)) from error
-
-
 def _decide(job: dict[str, Any], config: BatchConfig, sidecar: Sidecar | None) -> dict[str, Any]:
     """What is chosen once in a job's life: its seed, and its time for OpenAI's objects."""
     given = [config.sampling_params.get(name) for name in SEEDS]
@@ -313,19 +244,7 @@ def _model_folder(engine: Any, model_path: str) -> Path | None:
     path = model_path or (engine.config.model_path if engine is not None else "")
     if engine is None and not path:
         raise ConfigError("`model_path` or `engine` must be given.")
-    return _resolve(EngineConfig(model_path=path)) if path else None
-
-
-def _resolve(config: EngineConfig) -> Path:
-    from jaxengine.locate import locate  # brings jax, which a command's --help does not need
-
-    return locate(config)
-
-
-def _model_config(folder: Path) -> ModelConfig:
-    from jaxengine.locate import read_model_config
-
-    return read_model_config(folder)
+    return folder_of(EngineConfig(model_path=path)) if path else None
 
 
 def _open(source: str, target: Path, config: BatchConfig) -> Any:
@@ -350,19 +269,3 @@ def _read_done(output: Any, keys: Keys, report: Report, retry_errors: bool) -> N
     if retry_errors and report.num_errors_before:
         output.keep(lambda result: result["error"] is None)
         report.num_errors_before = 0
-
-
-def _records(source: str, config: BatchConfig) -> Iterator[Any]:
-    return itertools.islice(read(source, format_of(source, config.format)), config.limit)
-
-
-def _row_reader(
-    source: str,
-    config: BatchConfig,
-    tokenizer: Any,
-    max_tokens: int,
-    keys: Keys,
-    params: dict[str, Any],
-) -> RowReader:
-    is_typed = format_of(source, config.format) == "parquet"
-    return RowReader(config, tokenizer, max_tokens, keys, params, is_typed=is_typed)
