@@ -124,6 +124,7 @@ class EngineConfig:
       max_window_steps: Longest decode window, in steps.
       decode_buckets: Batch sizes decode windows are compiled for, ascending; chosen when None.
       prefill_buckets: Packed prefill lengths in tokens, ascending; chosen when None.
+      disable_radix_cache: Texts that begin alike share no pages.
       max_top_logprobs: Most `top_logprobs_num` a request may ask for.
       hidden_layers: Layers whose hidden states `return_hidden_states` gives, counted as in
         transformers: 0 is the embeddings, i what comes out of layer i, `num_layers` that after the
@@ -162,6 +163,7 @@ class EngineConfig:
     max_window_steps: int = 32
     decode_buckets: tuple[int, ...] | None = None
     prefill_buckets: tuple[int, ...] | None = None
+    disable_radix_cache: bool = False
     max_top_logprobs: int = 20
     hidden_layers: tuple[int, ...] | None = None
     stream_interval: int = 1

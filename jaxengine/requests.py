@@ -29,6 +29,7 @@ class PromptRequest:
 
     Attributes:
       index: Place of the prompt in its list.
+      seed_key: What its seed is derived from beside the call's.
       rid: Public id.
       text: The prompt, not empty; None when ids were given.
       input_ids: The prompt as int32 ids in the vocabulary, at least one; None when text was given.
@@ -47,6 +48,7 @@ class PromptRequest:
     """
 
     index: int
+    seed_key: int | str
     rid: str
     text: str | None
     input_ids: np.ndarray | None
@@ -93,6 +95,7 @@ def parse_call(
     hidden_states_format: Any = "numpy",
     return_prompt_token_ids: Any = False,
     rid: Any = None,
+    seed_key: int | str | None = None,
     others: Mapping[str, Any],
     specs: Mapping[str, Param],
     vocab_size: int,
@@ -116,6 +119,7 @@ def parse_call(
       hidden_states_format: "numpy" or "sglang".
       return_prompt_token_ids: Outputs carry the prompt's ids.
       rid: Public id or ids; one id and a list of prompts give `{rid}_{index}`. Fresh when None.
+      seed_key: Of the one prompt, where it is one of a stream; its index when None.
       others: Further keyword arguments of the call.
       specs: Parameters of the engine's sampler.
       vocab_size: Token ids are in [0, vocab_size).
@@ -128,6 +132,9 @@ def parse_call(
       RequestError: For anything else; it names the prompt by its index.
     """
     _check_others(others, specs)
+    if prompt is not None and input_ids is not None and tokenizer is None:
+        # Ray's stage for SGLang sends both; without a tokenizer only the ids can be meant.
+        prompt = None
     texts, ids, embeds, is_list = _prompts(
         prompt, input_ids, input_embeds, vocab_size, hidden_size, tokenizer
     )
@@ -150,6 +157,7 @@ def parse_call(
     requests = [
         PromptRequest(
             index=i,
+            seed_key=i if seed_key is None else seed_key,
             rid=rids[i],
             text=texts[i],
             input_ids=ids[i],

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class Submitter:
         context_length: int,
         max_total_tokens: int,
         random_seed: int | None,
+        weight_versions: Sequence[str],
         allow_auto_truncate: bool,
         stream_interval: int = 1,
     ) -> None:
@@ -52,10 +54,12 @@ class Submitter:
           context_length: Longest prompt plus output, in tokens.
           max_total_tokens: Tokens the KV pages hold.
           random_seed: Seed from which requests without one draw theirs; fresh ones when None.
+          weight_versions: Names of all weights there have been; grows.
           allow_auto_truncate: Prompts that are too long lose their end.
           stream_interval: Tokens between two outputs of a stream, where a request does not say.
         """
         self._worker = worker
+        self._weight_versions = weight_versions
         self._stream_interval = stream_interval
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
@@ -111,7 +115,7 @@ class Submitter:
                 detokenizer=self._detokenizer(request.params),
                 has_stop_strings=bool(request.params.stop or request.params.stop_regex),
                 decode=decode,
-                weight_version="default",
+                weight_versions=self._weight_versions,
                 hidden=_collector(request, sample),
                 stream_interval=request.params.stream_interval or self._stream_interval,
                 has_prompt_ids=request.has_prompt_ids,
@@ -194,7 +198,7 @@ class Submitter:
             min_new_tokens=params.min_new_tokens,
             stop_token_ids=stop_ids,
             ignore_eos=params.ignore_eos,
-            seed=seed if is_exact else derive_seed(seed, request.index, sample),
+            seed=seed if is_exact else derive_seed(seed, request.seed_key, sample),
             values=request.values,
             sampler_id=live.sampler_id,
             sampler=live,
@@ -284,6 +288,7 @@ def _collector(request: PromptRequest, sample: SequenceRequest) -> HiddenCollect
         request.hidden_states,
         request.hidden_format,
         len(sample.prompt_ids),
+        sample.max_new_tokens,
         may_be_cut=bool(request.params.stop or request.params.stop_regex),
     )
 
