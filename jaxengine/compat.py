@@ -164,7 +164,7 @@ ENGINE_ARGUMENTS = _table(
         "it is always on",
         """
         enable_cache_report enable_custom_logit_processor enable_fp32_lm_head enable_nan_detection
-        enable_memory_saver enable_return_hidden_states return_hidden_states_mode
+        enable_return_hidden_states return_hidden_states_mode
         """,
     ),
     ignored(
@@ -284,10 +284,11 @@ ENGINE_ARGUMENTS = _table(
     refused("weights stay on the device", "cpu_offload_gb"),
     ignored(
         "weights stay on the device",
-        """
-        enable_weights_cpu_backup offload_group_size offload_mode offload_num_in_group
-        offload_prefetch_step
-        """,
+        "offload_group_size offload_mode offload_num_in_group offload_prefetch_step",
+    ),
+    ignored(
+        "`release_memory` always works, and keeps the weights on the host where they are wanted",
+        "enable_memory_saver enable_weights_cpu_backup",
     ),
     refused("attention is never sparse", "enable_double_sparsity"),
     ignored(
@@ -399,38 +400,17 @@ SAMPLING_PARAMETERS = _table(
 )
 """Every sampling parameter of SGLang."""
 
-ONE_PROCESS = "there is one process"
-SEND = (
-    "weights are not sent between processes; train in this one and pass the arrays to "
-    "`update_weights`, or pass it a checkpoint's folder"
-)
-
 METHODS = _table(
     honoured(
         """
-        abort_request async_encode async_generate async_score continue_generation encode
-        flush_cache generate get_all_child_pids get_model_info get_server_info get_weights_by_name
-        pause_generation release_memory_occupation resume_memory_occupation score shutdown
-        start_profile stop_profile tokenizer update_weights_from_disk update_weights_from_tensor
+        async_encode async_generate async_score encode generate get_all_child_pids get_model_info
+        get_server_info get_weights_by_name release_memory_occupation resume_memory_occupation score
+        shutdown start_profile stop_profile update_weights_from_disk update_weights_from_tensor
         """
     ),
-    refused(
-        SEND,
-        """
-        destroy_weights_update_group init_weights_update_group update_weights_from_distributed
-        update_weights_from_ipc
-        """,
-    ),
-    refused("the engine itself has `tokenizer`, `abort_request` and the like", "tokenizer_manager"),
-    refused("no model here reads pairs of texts; see `score`", "rerank"),
+    mapped(server_args="config"),
+    refused("a cross-encoder is not among the models here; `score` compares labels", "rerank"),
     refused(NO_SESSIONS, "close_session open_session"),
-    refused(
-        NO_LORA,
-        """
-        async_load_lora_adapter async_unload_lora_adapter load_lora_adapter
-        load_lora_adapter_from_tensors unload_lora_adapter
-        """,
-    ),
     refused(
         NO_MOE,
         """
@@ -438,8 +418,33 @@ METHODS = _table(
         stop_expert_distribution_record
         """,
     ),
-    refused(ONE_PROCESS + ", so call what you mean", "collective_rpc"),
-    refused(ONE_PROCESS + "; call gc.freeze()", "freeze_gc"),
-    refused("`jaxengine convert` rewrites a checkpoint", "save_remote_model save_sharded_model"),
+    refused(
+        "weights are not sent between processes: train in this one and pass the arrays to "
+        "`update_weights`, or write a checkpoint and pass its folder",
+        """
+        destroy_weights_update_group init_weights_update_group update_weights_from_distributed
+        update_weights_from_ipc
+        """,
+    ),
+    refused(
+        "`update_weights` does it all: it checks, changes all or nothing, and sets the version",
+        "begin_weight_update check_weights end_weight_update update_weight_version",
+    ),
+    refused(
+        NO_LORA,
+        """
+        async_load_lora_adapter async_unload_lora_adapter load_lora_adapter
+        load_lora_adapter_from_tensors unload_lora_adapter
+        """,
+    ),
+    refused("call `gc.freeze()`: there is one process", "freeze_gc"),
+    refused("there are no other processes to call", "collective_rpc"),
+    refused("save `params` with Orbax or safetensors", "save_remote_model save_sharded_model"),
+    refused(STATS, "get_loads"),
+    refused("settings are fixed: make another Engine", "configure_logging set_internal_state"),
+    refused(
+        "the Engine itself has `tokenizer`, `abort` and what else they are used for",
+        "loop port_args template_manager tokenizer_manager",
+    ),
 )
-"""Every method of `sgl.Engine`, and what people reach for behind it."""
+"""Every method of `sgl.Engine` and its tokenizer manager, and attributes that people reach for."""

@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxengine.compat import METHODS
+from jaxengine.compat import METHODS, nearest
 from jaxengine.errors import JaxEngineError
 
 
 class SGLangNames:
     """Aliases; `Engine` has what they call."""
 
-    if not TYPE_CHECKING:
+    if not TYPE_CHECKING:  # a type checker would take every name for an attribute
 
         def __getattr__(self, name: str) -> Any:
-            """Says of a method of SGLang's that is not here why."""
-            if name in METHODS:
-                raise AttributeError(f"`{name}` is not supported: {METHODS[name].why}.")
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            """Our name for SGLang's, or why there is none."""
+            known = METHODS.get(name)
+            if known is not None and known.fate == "mapped":
+                return getattr(self, known.target)
+            if known is not None and known.fate == "refused":
+                raise AttributeError(f"`Engine.{name}` is not supported: {known.why}.")
+            raise AttributeError(f"Engine has no attribute `{name}`{nearest(name, dir(self))}")
 
     def update_weights_from_tensor(
         self: Any, named_tensors: Any, load_format: str | None = None, flush_cache: bool = True
