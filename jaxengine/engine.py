@@ -5,8 +5,8 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from jaxengine import build as builder
 from jaxengine.call import Call
@@ -23,6 +23,16 @@ from jaxengine.worker import Worker
 
 SHUTDOWN_TIMEOUT_S = 60.0
 """Longest wait for a device step that is under way."""
+
+
+class CacheFlush(NamedTuple):
+    """What `Engine.flush_cache` gives, as in SGLang.
+
+    Attributes:
+      success: Always True: here the cache can be flushed at any time.
+    """
+
+    success: bool
 
 
 class Engine:
@@ -80,7 +90,6 @@ class Engine:
             config, own, params=params, model_config=model_config, progress=progress
         )
         self.config, self.model_config = built.config, built.model_config
-        self._limits = built.limits
         self._programs, self._core, self._built_seconds = built.programs, built.core, built.seconds
         self._samplers, self._runner = built.samplers, built.runner
         try:
@@ -90,9 +99,7 @@ class Engine:
                 tokenizer=self.tokenizer,
                 vocabulary=vocabulary,
                 eos_token_ids=eos_token_ids(self.tokenizer, self.model_config.eos_token_ids),
-                context_length=built.limits.context_length,
-                max_total_tokens=built.limits.max_total_tokens,
-                random_seed=config.random_seed,
+                config=built.config,
             )
             # Calls under way hold it, too: the engine stops when nobody wants anything of it.
             self._finalizer = weakref.finalize(self._submitter, _stop, self._worker, built.programs)
@@ -126,6 +133,11 @@ class Engine:
         companions: Any = None,
         stream: bool = False,
         rid: Any = None,
+        priority: Any = None,
+        cache_salt: Any = None,
+        extra_key: Any = None,
+        timeout_s: Any = None,
+        on_error: str = "raise",
         **others: Any,
     ) -> Any:
         """Continues one prompt or a list of them; blocks, or streams with `stream=True`.
@@ -155,6 +167,15 @@ class Engine:
           stream: Give an iterator of outputs as they grow: `text` and `output_ids` so far, and
             what is new in `delta_text` and `delta_ids`; for a list also `index`.
           rid: The request's id, in `meta_info["id"]`; fresh when None.
+          priority: Who is more urgent, where `schedule_policy` is "priority"; an integer.
+          cache_salt: Prefixes in the cache are shared only with requests of the same one; a string.
+          extra_key: Another one; both count.
+          timeout_s: Longest time from here to the end, waiting included; a request that takes
+            longer ends with what there is, `finish_reason` "abort".
+          on_error: "raise": the first request that fails raises, and its siblings are aborted.
+            "return": one that fails, or is wrong, becomes an output beside the others: what there
+            is of it, `finish_reason` {"type": "abort", "message": ..., "err_type": ...}, and
+            `error`, {"type": the exception's class, "message": ...}, a key no other output has.
           **others: Further arguments of SGLang, refused by name where they are set.
 
         Returns:
@@ -162,6 +183,8 @@ class Engine:
 
         Raises:
           RequestError: For a bad argument; nothing of the call has been queued then.
+          QueueFullError: If more would wait than `max_queued_requests`; likewise.
+          StepError, NaNLogitsError: If the device or the model failed this request.
           EngineDeadError: After `shutdown`.
         """
         call = self._start(
@@ -178,6 +201,11 @@ class Engine:
             companions=companions,
             stream=stream,
             rid=rid,
+            priority=priority,
+            cache_salt=cache_salt,
+            extra_key=extra_key,
+            timeout_s=timeout_s,
+            on_error=on_error,
             others=others,
         )
         return call if stream else call.collect()
@@ -198,6 +226,11 @@ class Engine:
         companions: Any = None,
         stream: bool = False,
         rid: Any = None,
+        priority: Any = None,
+        cache_salt: Any = None,
+        extra_key: Any = None,
+        timeout_s: Any = None,
+        on_error: str = "raise",
         **others: Any,
     ) -> Any:
         """`generate` for coroutines, in any event loop; cancelling the task aborts its requests.
@@ -218,16 +251,69 @@ class Engine:
             companions=companions,
             stream=stream,
             rid=rid,
+            priority=priority,
+            cache_salt=cache_salt,
+            extra_key=extra_key,
+            timeout_s=timeout_s,
+            on_error=on_error,
             others=others,
         )
         return call if stream else await call.acollect()
 
-    def abort(self, rid: str) -> None:
-        """Ends a request by its exact id; its caller gets what there is, `finish_reason` "abort".
+    # -- control
 
-        An id that is not in flight is ignored.
+    def abort(self, rid: str | Callable[[str], bool]) -> None:
+        """Ends requests at the end of the window under way.
+
+        Their callers get what there is, with `finish_reason` "abort". Ids that are not in flight
+        are ignored.
+
+        Args:
+          rid: The exact id, or a function that says of an id whether it is meant.
         """
-        self._submitter.abort(rid)
+        self._submitter.abort(rid if callable(rid) else lambda other: other == rid)
+
+    def abort_all(self) -> None:
+        """Ends every request in flight."""
+        self._submitter.abort(lambda rid: True)
+
+    def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
+        """`abort` or `abort_all`, as SGLang calls them; the id must be exact."""
+        if abort_all:
+            self.abort_all()
+        else:
+            self.abort(rid)
+
+    def pause(self, mode: Literal["in_place", "retract", "abort"] = "in_place") -> None:
+        """Waits for the window under way, and lets no other begin before `resume`.
+
+        Requests that come meanwhile wait; their `timeout_s` runs on.
+
+        Args:
+          mode: "in_place": those that run keep their pages. "retract": they give them back, and
+            are computed anew afterwards. "abort": they end.
+
+        Raises:
+          ValueError: For another mode.
+          EngineDeadError: After `shutdown`.
+        """
+        if mode not in ("in_place", "retract", "abort"):
+            raise ValueError(f"`mode` must be in_place, retract or abort, got {mode!r}.")
+        if mode == "abort":
+            self.abort_all()
+        self._worker.pause(keeps_pages=mode == "in_place")
+
+    def resume(self) -> None:
+        """Goes on after `pause`."""
+        self._worker.call(self._core.resume).result()
+
+    pause_generation = pause
+    continue_generation = resume
+
+    def flush_cache(self) -> CacheFlush:
+        """Forgets all cached prefixes; requests that run go on with the pages they have."""
+        self._worker.call(self._core.scheduler.flush_cache).result()
+        return CacheFlush(success=True)
 
     # -- lifetime
 
@@ -258,7 +344,7 @@ class Engine:
             **self._core.stats(),
             "startup_seconds": {**self._built_seconds, "total": self._startup_seconds},
             "programs": self._programs.stats(),
-            "max_total_tokens": self._limits.max_total_tokens,
+            "max_total_tokens": self.config.max_total_tokens,
         }
 
     # -- inside
@@ -291,9 +377,11 @@ class Engine:
         )
         samples = self._submitter.sequences(parsed, live, is_streaming=stream)
         # Compiled here, not in the engine's thread: nobody else waits for it.
-        scores = any(sample.logprob_start is not None for sample in samples)
+        scores = any(getattr(sample, "logprob_start", None) is not None for sample in samples)
         self._runner.prepare(live, scores=scores)
-        return self._submitter.submit(parsed, samples, has_text=bool(return_text_in_logprobs))
+        return self._submitter.submit(
+            parsed, samples, is_streaming=stream, has_text=bool(return_text_in_logprobs)
+        )
 
     def _live_sampler(self, sampler: Any, capture: Any, group_size: int) -> LiveSampler:
         """The call's sampler bound to this engine; the engine's own when it brings none."""

@@ -1,5 +1,6 @@
 """From a sequence's tokens to SGLang's output dicts. Runs in the text thread."""
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,6 +30,7 @@ class SequenceOutput:
         has_stop_strings: bool,
         decode: Decode | None,
         weight_version: str,
+        returns_errors: bool,
     ) -> None:
         """Args:
         request: The sample.
@@ -38,6 +40,7 @@ class SequenceOutput:
         has_stop_strings: Text must be looked at as it comes.
         decode: Gives a token's text, where logprobs are to carry it.
         weight_version: Reported with every output.
+        returns_errors: An error becomes an output, instead of being put itself.
         """
         self._request = request
         self._channel = channel
@@ -45,6 +48,7 @@ class SequenceOutput:
         self._detokenizer = detokenizer
         self._watches_text = has_stop_strings or request.is_streaming
         self._weight_version = weight_version
+        self._returns_errors = returns_errors
         self._ids: list[int] = []
         self._reports = _Reports(request, decode)
         self._undecoded: list[int] = []
@@ -55,7 +59,7 @@ class SequenceOutput:
     def push(self, update: SequenceUpdate) -> bool:
         """Takes what a step brought; False when a stop string ended the text."""
         if update.error is not None:
-            self._channel.put((self._index, update.error, True))
+            self._push_error(update, update.error)
             return True
         num_before = len(self._ids)
         self._ids += update.token_ids
@@ -64,15 +68,21 @@ class SequenceOutput:
         finish = self._read_text(update.finish)
         if finish is None and not (self._request.is_streaming and update.token_ids):
             return True
-        output = self._output(finish, update)
-        if self._request.is_streaming:
-            output["delta_text"] = self._delta_text
-            output["delta_ids"] = self._ids[num_before:]
-            if self._detokenizer is None:
-                del output["delta_text"]
-        self._delta_text = ""
+        output = self._output(finish, update, num_before)
         self._channel.put((self._index, output, finish is not None))
         return finish is update.finish
+
+    def _push_error(self, update: SequenceUpdate, error: Exception) -> None:
+        if not self._returns_errors:
+            self._channel.put((self._index, error, True))
+            return
+        reason = StopReason.of_error(error)
+        # The error may be the detokenizer's own; then the text ends where it was before.
+        with contextlib.suppress(Exception):
+            self._read_text(reason)
+        output = self._output(reason, update, len(self._ids))
+        output["error"] = {"type": reason.err_type, "message": reason.message}
+        self._channel.put((self._index, output, True))
 
     def _read_text(self, finish: StopReason | None) -> StopReason | None:
         """Decodes new ids where text is wanted now; a stop string found becomes the reason."""
@@ -91,7 +101,9 @@ class SequenceOutput:
             self._delta_text += text.finish()
         return finish
 
-    def _output(self, finish: StopReason | None, update: SequenceUpdate) -> dict[str, Any]:
+    def _output(
+        self, finish: StopReason | None, update: SequenceUpdate, num_before: int
+    ) -> dict[str, Any]:
         request = self._request
         now = time.perf_counter()
         meta: dict[str, Any] = {
@@ -115,6 +127,11 @@ class SequenceOutput:
         if self._detokenizer is not None:
             output["text"] = self._detokenizer.text
         output |= {"output_ids": self._ids.copy(), "meta_info": meta}
+        if request.is_streaming:
+            if self._detokenizer is not None:
+                output["delta_text"] = self._delta_text
+            output["delta_ids"] = self._ids[num_before:]
+        self._delta_text = ""
         captures = self._reports.captures()
         return {**output, "captures": captures} if captures else output
 

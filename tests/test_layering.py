@@ -30,7 +30,8 @@ ALLOWED = {
     | {"pallas_kernels", "nn", "models", "sampling", "scheduler.buckets", "scheduler.plan"},
     "core": BASE | {"scheduler", "runtime"},
     "build": BASE | {"core", "models", "nn", "runtime", "sampling", "scheduler"},
-    "requests": BASE,
+    "arguments": BASE,
+    "requests": BASE | {"arguments"},
     "call": BASE | {"channel"},
     "channel": BASE,
     "outputs": BASE | {"channel", "text"},
@@ -54,6 +55,7 @@ ALLOWED = {
     "__init__": BASE | {"engine", "sampling", "utils"},
 }
 HOST_ONLY = BASE | {
+    "arguments",
     "call",
     "channel",
     "outputs",
