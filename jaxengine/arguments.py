@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxengine.errors import RequestError
-from jaxengine.types import MAX_LOGPROB_IDS
+from jaxengine.types import MAX_LOGPROB_IDS, HiddenStates
 
 INT32_MAX = 2**31 - 1
 
@@ -88,6 +88,53 @@ def token_ids(ids: Any, place: str, vocab_size: int) -> np.ndarray:
         got = f"got {bad} at position {position}"
         raise RequestError(f"{place} must be in the vocabulary, [0, {vocab_size}); {got}.")
     return np.array(ids, np.int32)
+
+
+def is_list_of_embeds(value: Any) -> bool:
+    """Whether `input_embeds` are those of several prompts."""
+
+    def depth(x: Any) -> int:
+        if hasattr(x, "ndim"):
+            return x.ndim
+        return 1 + depth(x[0]) if isinstance(x, list | tuple) and x else 0
+
+    return depth(value) == 3 or (isinstance(value, list | tuple) and not value)
+
+
+def embeds(value: Any, place: str, hidden_size: int) -> np.ndarray:
+    """Float32 [tokens, D] of one prompt."""
+    try:
+        array = np.asarray(value, np.float32)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{place}: {error}.") from None
+    if array.ndim != 2 or not len(array) or array.shape[1] != hidden_size:
+        raise RequestError(
+            f"{place} must be an array [tokens, {hidden_size}] with at least one token, got shape "
+            f"{array.shape}."
+        )
+    if not np.isfinite(array).all():
+        raise RequestError(f"{place} must be finite.")
+    return array
+
+
+def hidden_states(kind: Any, place: str) -> HiddenStates | None:
+    """Which hidden states are reported, if any."""
+    kinds: dict[Any, HiddenStates | None] = {
+        None: None,
+        False: None,
+        True: "all",
+        "last": "last",
+        "mean": "mean",
+    }
+    if not isinstance(kind, Hashable) or kind not in kinds:
+        raise RequestError(f'{place} must be True, False, "last" or "mean", got {kind!r}.')
+    return kinds[kind]
+
+
+def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """One of some words."""
+    if value not in choices:
+        raise RequestError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def flag(value: Any, place: str) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from jaxengine.channel import Channel
+from jaxengine.hidden import HiddenCollector
 from jaxengine.text.detokenizer import Detokenizer
-from jaxengine.types import SequenceRequest, SequenceUpdate, StopReason
+from jaxengine.types import HIDDEN, SequenceRequest, SequenceUpdate, StopReason
 
 type Decode = Callable[[int], str]
 
@@ -30,7 +31,10 @@ class SequenceOutput:
         has_stop_strings: bool,
         decode: Decode | None,
         weight_version: str,
-        returns_errors: bool,
+        returns_errors: bool = False,
+        hidden: HiddenCollector | None = None,
+        stream_interval: int = 1,
+        has_prompt_ids: bool = False,
     ) -> None:
         """Args:
         request: The sample.
@@ -41,6 +45,9 @@ class SequenceOutput:
         decode: Gives a token's text, where logprobs are to carry it.
         weight_version: Reported with every output.
         returns_errors: An error becomes an output, instead of being put itself.
+        hidden: Collects hidden states, where they are wanted.
+        stream_interval: Tokens between two outputs of a stream, at least; the first comes at once.
+        has_prompt_ids: Outputs carry the prompt's token ids.
         """
         self._request = request
         self._channel = channel
@@ -49,6 +56,11 @@ class SequenceOutput:
         self._watches_text = has_stop_strings or request.is_streaming
         self._weight_version = weight_version
         self._returns_errors = returns_errors
+        self._hidden = hidden
+        self._stream_interval = stream_interval
+        self._has_prompt_ids = has_prompt_ids
+        self._num_given = 0
+        self._ending: StopReason | None = None
         self._ids: list[int] = []
         self._reports = _Reports(request, decode)
         self._undecoded: list[int] = []
@@ -61,28 +73,56 @@ class SequenceOutput:
         if update.error is not None:
             self._push_error(update, update.error)
             return True
-        num_before = len(self._ids)
+        if self._hidden is not None:
+            for leaves in (update.prompt_leaves, update.leaves):
+                self._hidden.push(leaves.get(HIDDEN, ()))
+        finish = self._ending or self._take(update)
+        if finish is not None and not (update.finish or self._ending) and self._lacks_state():
+            self._ending = finish  # the next step feeds the last token and brings its state
+            return True
+        if finish is None and not self._is_due():
+            return True
+        self._put(self._output(finish, update), is_last=finish is not None)
+        return finish is update.finish
+
+    def _take(self, update: SequenceUpdate) -> StopReason | None:
         self._ids += update.token_ids
         self._reports.push(update)
         self._undecoded += update.token_ids
-        finish = self._read_text(update.finish)
-        if finish is None and not (self._request.is_streaming and update.token_ids):
-            return True
-        output = self._output(finish, update, num_before)
-        self._channel.put((self._index, output, finish is not None))
-        return finish is update.finish
+        return self._read_text(update.finish)
+
+    def _is_due(self) -> bool:
+        """A stream's reader is to hear of the tokens so far."""
+        num_new = len(self._ids) - self._num_given
+        wanted = self._stream_interval if self._num_given else 1
+        return self._request.is_streaming and num_new >= wanted
+
+    def _lacks_state(self) -> bool:
+        """The hidden state of the last token is still to come."""
+        if self._hidden is None:
+            return False
+        return self._hidden.num_tokens < len(self._request.prompt_ids) + len(self._ids)
 
     def _push_error(self, update: SequenceUpdate, error: Exception) -> None:
         if not self._returns_errors:
             self._channel.put((self._index, error, True))
             return
         reason = StopReason.of_error(error)
+        self._hidden = None
         # The error may be the detokenizer's own; then the text ends where it was before.
         with contextlib.suppress(Exception):
             self._read_text(reason)
-        output = self._output(reason, update, len(self._ids))
-        output["error"] = {"type": reason.err_type, "message": reason.message}
-        self._channel.put((self._index, output, True))
+        failed = {"error": {"type": reason.err_type, "message": reason.message}}
+        self._put(self._output(reason, update) | failed, is_last=True)
+
+    def _put(self, output: dict[str, Any], *, is_last: bool) -> None:
+        if self._request.is_streaming:
+            if self._detokenizer is not None:
+                output["delta_text"] = self._delta_text
+            output["delta_ids"] = self._ids[self._num_given :]
+        self._delta_text = ""
+        self._num_given = len(self._ids)
+        self._channel.put((self._index, output, is_last))
 
     def _read_text(self, finish: StopReason | None) -> StopReason | None:
         """Decodes new ids where text is wanted now; a stop string found becomes the reason."""
@@ -101,9 +141,7 @@ class SequenceOutput:
             self._delta_text += text.finish()
         return finish
 
-    def _output(
-        self, finish: StopReason | None, update: SequenceUpdate, num_before: int
-    ) -> dict[str, Any]:
+    def _output(self, finish: StopReason | None, update: SequenceUpdate) -> dict[str, Any]:
         request = self._request
         now = time.perf_counter()
         meta: dict[str, Any] = {
@@ -120,6 +158,10 @@ class SequenceOutput:
         }
         if finish is not None:
             meta["e2e_latency"] = now - self._started
+            if self._hidden is not None:
+                meta["hidden_states"] = self._hidden.result(
+                    len(request.prompt_ids) + len(self._ids)
+                )
         if not self._was_answered:
             meta["response_sent_to_client_ts"] = time.time()
             self._was_answered = True
@@ -127,11 +169,8 @@ class SequenceOutput:
         if self._detokenizer is not None:
             output["text"] = self._detokenizer.text
         output |= {"output_ids": self._ids.copy(), "meta_info": meta}
-        if request.is_streaming:
-            if self._detokenizer is not None:
-                output["delta_text"] = self._delta_text
-            output["delta_ids"] = self._ids[num_before:]
-        self._delta_text = ""
+        if self._has_prompt_ids:
+            output["prompt_token_ids"] = request.prompt_ids.tolist()
         captures = self._reports.captures()
         return {**output, "captures": captures} if captures else output
 

@@ -3,7 +3,6 @@
 All of a call is checked before any of it is queued. Knows nothing of tokenising and of jax.
 """
 
-import difflib
 import functools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -12,29 +11,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxengine import arguments
+from jaxengine.compat import GENERATE_ARGUMENTS, SAMPLING_PARAMETERS, nearest
 from jaxengine.errors import RequestError
+from jaxengine.log import logger
 from jaxengine.params import SamplingParams, parse_sampling_params
-from jaxengine.types import Param
+from jaxengine.types import HiddenFormat, HiddenStates, Param
 
-_UNSUPPORTED_ARGUMENTS: dict[str, Any] = dict.fromkeys(
-    """
-    audio_data bootstrap_host bootstrap_port bootstrap_room custom_logit_processor
-    data_parallel_rank disagg_prefill_dp_rank external_trace_header image_data
-    input_embeds kv_router_hint lora_path max_thinking_tokens mm_content_hashes mm_hashes
-    modalities positional_embed_overrides require_reasoning return_flat_raw_top_logprobs
-    return_hidden_states return_prompt_token_ids return_routed_experts return_sampling_mask
-    routed_dp_rank session_id session_params video_data
-    """.split()
-) | {"routed_experts_start_len": 0}
-"""SGLang's arguments whose feature does not exist here yet, and the number that asks for none."""
-
-_ARGUMENTS = tuple(
-    """
-    cache_salt capture companions extra_key input_ids logprob_start_len on_error priority prompt
-    return_logprob return_text_in_logprobs rid sampler sampling_params stream timeout_s
-    token_ids_logprob top_logprobs_num
-    """.split()
+_OWN_ARGUMENTS = (
+    "capture",
+    "companions",
+    "hidden_states_format",
+    "on_error",
+    "sampler",
+    "timeout_s",
 )
+"""Arguments SGLang does not have."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +44,10 @@ class PromptRequest:
       logprob_ids: And those of these ids.
       logprob_start: Prompt tokens from here on have one, too; None for none.
       companions: Texts or ids of the prompts that are continued in lockstep.
+      hidden_states: Which hidden states are reported, if any.
+      hidden_format: In which form.
+      embeds: Float32 [tokens, D] in place of ids, which are all -1 then.
+      has_prompt_ids: Outputs carry the prompt's ids.
       cache_namespace: Prefixes are shared only among those with the same one.
       priority: Who is more urgent; None where the caller does not say.
       timeout_s: Longest time until its end; None for no limit.
@@ -69,6 +64,10 @@ class PromptRequest:
     logprob_ids: tuple[int, ...] = ()
     logprob_start: int | None = None
     companions: tuple[str | np.ndarray, ...] = ()
+    hidden_states: HiddenStates | None = None
+    hidden_format: HiddenFormat = "numpy"
+    embeds: np.ndarray | None = None
+    has_prompt_ids: bool = False
     cache_namespace: Hashable = None
     priority: int | None = None
     timeout_s: float | None = None
@@ -112,6 +111,10 @@ def parse_call(
     token_ids_logprob: Any = None,
     logprob_start_len: Any = None,
     companions: Any = None,
+    input_embeds: Any = None,
+    return_hidden_states: Any = False,
+    hidden_states_format: Any = "numpy",
+    return_prompt_token_ids: Any = False,
     cache_salt: Any = None,
     extra_key: Any = None,
     priority: Any = None,
@@ -121,6 +124,7 @@ def parse_call(
     others: Mapping[str, Any],
     specs: Mapping[str, Param],
     vocab_size: int,
+    hidden_size: int,
     max_top_logprobs: int,
     tokenizer: Any,
 ) -> ParsedCall:
@@ -135,6 +139,10 @@ def parse_call(
       token_ids_logprob: A list of ids for all, or a list of such lists.
       logprob_start_len: One for all, or a list; -1 or None for none.
       companions: A list of prompts for one bare prompt, else a list of such lists.
+      input_embeds: Embeddings [tokens, D] of one prompt instead of ids, or a list of such.
+      return_hidden_states: True, "last", "mean" or False; one for all, or a list.
+      hidden_states_format: "numpy" or "sglang".
+      return_prompt_token_ids: Outputs carry the prompt's ids.
       cache_salt: One for all, or a list.
       extra_key: One for all, or a list.
       priority: One for all, or a list.
@@ -144,6 +152,7 @@ def parse_call(
       others: Further keyword arguments of the call.
       specs: Parameters of the engine's sampler.
       vocab_size: Token ids are in [0, vocab_size).
+      hidden_size: Width of an embedding.
       max_top_logprobs: Limit of `top_logprobs_num`.
       tokenizer: None when the engine has none.
 
@@ -152,19 +161,9 @@ def parse_call(
       RequestError: For anything else; it names the prompt by its index.
     """
     _check_others(others, specs)
-    if on_error not in ("raise", "return"):
-        raise RequestError(f'`on_error` must be "raise" or "return", got {on_error!r}.')
-    if prompt is None and input_ids is None:
-        raise RequestError("`prompt` or `input_ids` must be given.")
-    if prompt is not None and input_ids is not None:
-        raise RequestError("`prompt` and `input_ids` are both given; leave one of them out.")
-    has_text = prompt is not None
-    if prompt is not None:
-        is_list = not isinstance(prompt, str)
-        rows = arguments.texts(prompt, is_list, tokenizer)
-    else:
-        is_list = arguments.is_list_of_prompts(input_ids)
-        rows = list(input_ids) if is_list else [input_ids]
+    arguments.choice("on_error", on_error, ("raise", "return"))
+    arguments.choice("hidden_states_format", hidden_states_format, ("numpy", "sglang"))
+    kind, rows, is_list = _rows(prompt, input_ids, input_embeds, tokenizer)
     count = len(rows)
     rids = arguments.rids_of(rid, count, is_list)
 
@@ -178,6 +177,7 @@ def parse_call(
     priorities, timeouts = spread("priority", priority), spread("timeout_s", timeout_s)
     given = arguments.logprob_rows(token_ids_logprob, count, is_list)
     friends = arguments.companion_rows(companions, count, is_list)
+    hidden = spread("return_hidden_states", return_hidden_states)
     parse_params = functools.partial(
         parse_sampling_params, specs=specs, vocab_size=vocab_size, tokenizer=tokenizer
     )
@@ -195,13 +195,20 @@ def parse_call(
         start = arguments.integer(starts[i], place("logprob_start_len"), -1, arguments.INT32_MAX)
         logprob_ids = arguments.logprob_ids(given[i], place("token_ids_logprob"), vocab_size)
         parsed = shared or parse_params(params[i], index=i)
+        text, ids, embeds = None, None, None
+        if kind == "prompt":
+            text = arguments.checked_text(rows[i], i, is_list)
+        elif kind == "input_ids":
+            ids = arguments.token_ids(rows[i], place(kind), vocab_size)
+        else:
+            embeds = arguments.embeds(rows[i], place(kind), hidden_size)
+            ids = np.full(len(embeds), -1, np.int32)
+            _check_goes_with_embeds(friends[i], start)
         return PromptRequest(
             index=i,
             rid=rids[i],
-            text=arguments.checked_text(rows[i], i, is_list) if has_text else None,
-            input_ids=None
-            if has_text
-            else arguments.token_ids(rows[i], place("input_ids"), vocab_size),
+            text=text,
+            input_ids=ids,
             params=parsed.params,
             values=parsed.values,
             return_logprob=wants,
@@ -213,7 +220,14 @@ def parse_call(
                 arguments.companion(friend, place("companions"), vocab_size, tokenizer)
                 for friend in friends[i]
             ),
-            cache_namespace=arguments.namespace(salts[i], keys[i], place),
+            hidden_states=arguments.hidden_states(hidden[i], place("return_hidden_states")),
+            hidden_format=hidden_states_format,
+            embeds=embeds,
+            has_prompt_ids=bool(return_prompt_token_ids),
+            cache_namespace=arguments.namespace(salts[i], keys[i], place)
+            # What came of embeddings is found by samples of the same prompt, and nobody else.
+            if embeds is None
+            else object(),
             priority=arguments.integer(
                 priorities[i], place("priority"), -arguments.INT32_MAX, arguments.INT32_MAX
             ),
@@ -234,38 +248,63 @@ def parse_call(
 
 def group_size(prompt: Any, input_ids: Any, companions: Any) -> int:
     """Prompts that are continued in lockstep: one, and its companions."""
-    is_list = (
-        not isinstance(prompt, str)
-        if prompt is not None
-        else arguments.is_list_of_prompts(input_ids)
-    )
+    if prompt is None and input_ids is None:
+        return 1
+    is_list = not isinstance(prompt, str)
+    if prompt is None:
+        is_list = arguments.is_list_of_prompts(input_ids)
     first = companions[0] if is_list and isinstance(companions, list | tuple) else companions
     return 1 + len(first) if isinstance(first, list | tuple) else 1
 
 
 def _check_others(others: Mapping[str, Any], specs: Mapping[str, Param]) -> None:
     for name, value in others.items():
-        if name in _UNSUPPORTED_ARGUMENTS:
-            if not _asks_for_nothing(value, _UNSUPPORTED_ARGUMENTS[name]):
-                raise RequestError(f"`{name}` is not supported by jaxengine yet; leave it out.")
-            continue
-        if name in specs or name in SamplingParams.__dataclass_fields__:
-            hint = "; it is a sampling parameter: put it into `sampling_params`."
-        elif near := difflib.get_close_matches(name, [*_ARGUMENTS, *_UNSUPPORTED_ARGUMENTS], 1):
-            hint = f"; did you mean `{near[0]}`?"
-        else:
-            hint = "."
-        raise TypeError(f"generate() got an unexpected keyword argument `{name}`{hint}")
+        known = GENERATE_ARGUMENTS.get(name)
+        if known is None or known.fate == "honoured":
+            if name in specs or name in SAMPLING_PARAMETERS:
+                hint = "; it is a sampling parameter: put it into `sampling_params`."
+            else:
+                hint = nearest(name, (*_OWN_ARGUMENTS, *GENERATE_ARGUMENTS))
+            raise TypeError(f"generate() got an unexpected keyword argument `{name}`{hint}")
+        if known.fate == "ignored":
+            _warn_once(name, known.why)
+        elif known.is_asked_for(value):
+            raise RequestError(f"`{name}` is not supported: {known.why}. Leave it out.")
 
 
-def _asks_for_nothing(value: Any, default: Any) -> bool:
-    if value is None or value is False:
-        return True
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value == default
-    if isinstance(value, list | tuple):
-        return all(_asks_for_nothing(item, default) for item in value)
-    return isinstance(value, str | dict) and not value
+@functools.cache
+def _warn_once(name: str, why: str) -> None:
+    logger.warning("`%s` is ignored: %s.", name, why)
+
+
+def _rows(
+    prompt: Any, input_ids: Any, input_embeds: Any, tokenizer: Any
+) -> tuple[str, list[Any], bool]:
+    """Which argument the prompts are given in, one entry a prompt, and whether it is a list."""
+    given = {"prompt": prompt, "input_ids": input_ids, "input_embeds": input_embeds}
+    names = [name for name, value in given.items() if value is not None]
+    if not names:
+        raise RequestError("`prompt`, `input_ids` or `input_embeds` must be given.")
+    if len(names) > 1:
+        listed = " and ".join(f"`{name}`" for name in names)
+        raise RequestError(
+            f"{listed} are {'both ' * (len(names) == 2)}given; leave all but one out."
+        )
+    [kind] = names
+    if kind == "prompt":
+        is_list = not isinstance(prompt, str)
+        return kind, arguments.texts(prompt, is_list, tokenizer), is_list
+    of_many = arguments.is_list_of_prompts if kind == "input_ids" else arguments.is_list_of_embeds
+    is_list = of_many(given[kind])
+    return kind, list(given[kind]) if is_list else [given[kind]], is_list
+
+
+def _check_goes_with_embeds(companions: Any, logprob_start: int | None) -> None:
+    if companions or (logprob_start is not None and logprob_start >= 0):
+        raise RequestError(
+            "`input_embeds` have no token ids, so they go neither with `companions` nor with "
+            "`logprob_start_len`; pass `input_ids`, or leave these out."
+        )
 
 
 def _common_n(requests: list[PromptRequest | Refused]) -> int:

@@ -13,6 +13,7 @@ from jaxengine.call import Call
 from jaxengine.channel import Channel
 from jaxengine.config import EngineConfig
 from jaxengine.errors import PromptTooLongError, QueueFullError, RequestError
+from jaxengine.hidden import HiddenCollector
 from jaxengine.outputs import SequenceOutput
 from jaxengine.params import SamplingParams, derive_seed, fresh_seed
 from jaxengine.requests import ParsedCall, PromptRequest, Refused
@@ -123,10 +124,13 @@ class Submitter:
                 channel,
                 index=index,
                 detokenizer=self._detokenizer(params),
-                has_stop_strings=bool(params.stop),
+                has_stop_strings=bool(params.stop or params.stop_regex),
                 decode=decode,
                 weight_version="default",
                 returns_errors=parsed.returns_errors,
+                hidden=None if is_refused else _collector(request, sample),
+                stream_interval=params.stream_interval or self._config.stream_interval,
+                has_prompt_ids=not is_refused and request.has_prompt_ids,
             )
             if is_refused:
                 output.push(SequenceUpdate(sequence.seq_id, [], error=sample.error))
@@ -242,13 +246,19 @@ class Submitter:
             num_top_logprobs=request.num_top_logprobs,
             logprob_ids=request.logprob_ids,
             logprob_start=request.logprob_start,
+            hidden_states=request.hidden_states,
+            embeds=request.embeds,
             cache_namespace=request.cache_namespace,
             priority=self._priority(request),
             timeout_s=request.timeout_s,
         )
         grouped = tuple(
             dataclasses.replace(
-                alone, seq_id=next(self._seq_ids), prompt_ids=text, logprob_start=None
+                alone,
+                seq_id=next(self._seq_ids),
+                prompt_ids=text,
+                logprob_start=None,
+                hidden_states=None,
             )
             for text in companions
         )
@@ -296,6 +306,7 @@ class Submitter:
         return Detokenizer(
             self._vocabulary,
             stop=tuple(params.stop or ()),
+            stop_regex=tuple(params.stop_regex or ()),
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
             no_stop_trim=params.no_stop_trim,
@@ -335,6 +346,17 @@ class Submitter:
     def _abort(self, requests: list[SequenceRequest]) -> None:
         for request in requests:
             self._worker.finish(SequenceUpdate(request.seq_id, [], finish=StopReason("abort")))
+
+
+def _collector(request: PromptRequest, sample: SequenceRequest) -> HiddenCollector | None:
+    if request.hidden_states is None:
+        return None
+    return HiddenCollector(
+        request.hidden_states,
+        request.hidden_format,
+        len(sample.prompt_ids),
+        may_be_cut=bool(request.params.stop or request.params.stop_regex),
+    )
 
 
 def _decode(tokenizer: Any, token_id: int) -> str:

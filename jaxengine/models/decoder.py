@@ -153,7 +153,9 @@ class Decoder(nnx.Module):
             positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
         )
         pages_out = []
-        for layer, pages in zip(self.layers, kv_cache or [None] * len(self.layers), strict=True):
+        pages_in = kv_cache or [None] * len(self.layers)
+        for i, (layer, pages) in enumerate(zip(self.layers, pages_in, strict=True)):
+            ctx.see(i, x)
             x, pages = layer(x, angles, pages, meta, ctx)
             pages_out.append(pages)
         return self.norm(x), pages_out

@@ -1,6 +1,7 @@
 """The one border between host and device: plans go in, results come out, nothing else crosses."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,11 +14,12 @@ from jaxengine.errors import EngineDeadError, SamplerError
 from jaxengine.models.family import Params
 from jaxengine.runtime import batch, results
 from jaxengine.runtime.decode_loop import Results, SamplerSteps
-from jaxengine.runtime.forward import Forward
+from jaxengine.runtime.forward import Embeds, Forward, Hidden
 from jaxengine.runtime.kv_cache import abstract_kv_cache
 from jaxengine.runtime.programs import (
     GPU_WINDOW_OPTIONS,
     IDLE,
+    LATER,
     ProgramKey,
     Programs,
     ProgramSpec,
@@ -25,7 +27,15 @@ from jaxengine.runtime.programs import (
 from jaxengine.runtime.samplers import LiveSampler, Samplers
 from jaxengine.runtime.sharding import kv_sharding, replicated
 from jaxengine.runtime.state import COUNT_DTYPE, DeviceState, Seats
+from jaxengine.sampling.identity import are_equal
+from jaxengine.sampling.sampler import default_sampler
 from jaxengine.scheduler.plan import DecodePlan, PrefillPlan, StepPlan, StepResult
+from jaxengine.types import HIDDEN
+
+type Specs = dict[ProgramKey, ProgramSpec]
+
+HIDDEN_DECODE = "decode_hidden"
+"""Kind of the windows that report hidden states; the others know nothing of them."""
 
 FUSE_AFTER_STEPS = 64
 """Split steps after which a sampler is worth compiling into the window; one tried once is not."""
@@ -97,16 +107,38 @@ class ProgramFactory:
                     is_cached=is_cached,
                 )
             for rows in buckets.decode_rows:
-                specs[ProgramKey("decode", rows, pages, owner)] = ProgramSpec(
-                    name=f"decode_b{rows}_p{pages}",
-                    fn=lambda *args, r=rows, p=pages: steps.decode(*args, num_rows=r, num_pages=p),
-                    args=(*common, self._packed(batch.decode_packing(buckets, rows))),
-                    donate=(1, 2),
-                    options=self._options,
-                    cost=rows,
-                    is_cached=is_cached,
-                )
+                key = ProgramKey("decode", rows, pages, owner)
+                specs[key] = self._window(steps, key, common, is_cached=is_cached)
         return specs
+
+    def hidden_windows(self, steps: SamplerSteps, *, is_cached: bool) -> Specs:
+        """Windows that report hidden states."""
+        buckets = self.forward.buckets
+        common = (self._params, self.state, self.seats(steps), self._shapes(steps.sampler.arrays))
+        keys = [
+            ProgramKey(HIDDEN_DECODE, rows, pages, steps.owner)
+            for pages in buckets.num_pages
+            for rows in buckets.decode_rows
+        ]
+        return {key: self._window(steps, key, common, is_cached=is_cached) for key in keys}
+
+    def _window(
+        self, steps: SamplerSteps, key: ProgramKey, common: tuple[Any, ...], *, is_cached: bool
+    ) -> ProgramSpec:
+        return ProgramSpec(
+            name=f"{key.kind}_b{key.size}_p{key.num_pages}",
+            fn=functools.partial(
+                steps.decode,
+                num_rows=key.size,
+                num_pages=key.num_pages,
+                has_hidden=key.kind == HIDDEN_DECODE,
+            ),
+            args=(*common, self._packed(batch.decode_packing(self.forward.buckets, key.size))),
+            donate=(1, 2),
+            options=self._options,
+            cost=key.size,
+            is_cached=is_cached,
+        )
 
     def edits(self, steps: SamplerSteps, *, is_cached: bool) -> dict[ProgramKey, ProgramSpec]:
         """The program that takes edits of a sampler's table."""
@@ -185,6 +217,24 @@ class ProgramFactory:
                 )
         return specs
 
+    def embeds(self) -> Specs:
+        """Prefills in which embeddings stand for some of the ids, for the split form."""
+        specs, forward, model = {}, self.forward, self.forward.model
+        for key, spec in self.forwards().items():
+            if key.kind != "forward_prefill":
+                continue
+            values = self._array((key.size, model.config.hidden_size), model.dtype)
+            embeds = Embeds(self._array((key.size,), jnp.bool_), values)
+            specs[key._replace(kind="embeds_prefill")] = dataclasses.replace(
+                spec,
+                name=f"embeds_prefill_t{key.size}_p{key.num_pages}",
+                fn=lambda *args, k=key: forward.prefill(
+                    *args[:3], num_tokens=k.size, num_pages=k.num_pages, embeds=args[3]
+                ),
+                args=(*spec.args, embeds),
+            )
+        return specs
+
     def scores(self) -> dict[ProgramKey, ProgramSpec]:
         """Logprobs of prompt tokens."""
         specs, model, buckets = {}, self.forward.model, self.forward.buckets
@@ -218,12 +268,14 @@ class _Drawn:
     Attributes:
       sampler: Who drew.
       arrays: What it gives.
+      layout: What is in that.
       first_step: Step of the plan its first token belongs to.
       num_steps: Steps it has room for.
     """
 
     sampler: LiveSampler
     arrays: Results
+    layout: results.ResultLayout
     first_step: int
     num_steps: int
 
@@ -235,19 +287,30 @@ class StepHandle:
         self,
         plan: StepPlan,
         drawn: list[_Drawn],
-        scores: Mapping[str, jax.Array],
+        scores: Mapping[str, jax.Array] = {},
+        hidden: list[jax.Array] | None = None,
         *,
-        wants_lists: bool,
+        is_demanded: bool = False,
     ) -> None:
+        """Starts all copies.
+
+        Args:
+          plan: What runs.
+          drawn: Results of its draws.
+          scores: What is reported of a prefill's tokens.
+          hidden: Hidden states of every step of a window in split form, where they are wanted.
+          is_demanded: Leaves that are copied on demand are wanted.
+        """
         self.plan = plan
         self._drawn = drawn
         self._scores = scores
-        self._wants_lists = wants_lists
+        self._hidden = hidden or []
+        self._is_demanded = is_demanded
         for part in drawn:
             part.arrays.always.copy_to_host_async()
-            if wants_lists:
+            if is_demanded:
                 part.arrays.on_demand.copy_to_host_async()
-        for array in scores.values():
+        for array in (*scores.values(), *self._hidden):
             array.copy_to_host_async()
 
     def result(self) -> StepResult:
@@ -257,12 +320,16 @@ class StepHandle:
             leaves = {name: leaf[: len(self.plan.rows)] for name, leaf in parts[0][1].items()}
         else:
             leaves = self._merge(parts)
+        if self._hidden:
+            num_rows = len(self.plan.rows)
+            steps = [np.asarray(array)[:num_rows] for array in self._hidden]
+            leaves[HIDDEN] = np.stack(steps, axis=1)
         return StepResult(leaves[results.TOKEN], leaves, self._prompt_leaves())
 
     def _unpack(self, part: _Drawn) -> dict[str, np.ndarray]:
-        layout = part.sampler.steps.result
+        layout = part.layout
         leaves = results.unpack(np.asarray(part.arrays.always), layout.always, part.num_steps)
-        if self._wants_lists:
+        if self._is_demanded:
             packed = np.asarray(part.arrays.on_demand)
             leaves |= results.unpack(packed, layout.on_demand, part.num_steps)
         return leaves
@@ -305,6 +372,7 @@ class Runner:
         self._state: DeviceState | None = None
         self._logprob_ids: dict[int, tuple[int, ...]] = {}
         self._wants_lists: dict[int, bool] = {}
+        self._feeds_last: dict[int, bool] = {}
         self.params = params
         self.reset()
 
@@ -315,12 +383,16 @@ class Runner:
             sampler.seats = None
         self._state = _zeros(self._factory.state)
 
-    def prepare(self, sampler: LiveSampler, *, scores: bool) -> None:
+    def prepare(
+        self, sampler: LiveSampler, *, scores: bool, hidden: bool = False, embeds: bool = False
+    ) -> None:
         """Waits for programs the engine did not begin with, in the caller's thread: not its own.
 
         Args:
           sampler: For its first tokens.
           scores: Also for logprobs of prompt tokens.
+          hidden: Also for hidden states.
+          embeds: Also for embeddings in place of ids.
 
         Raises:
           SamplerError: If XLA does not compile the sampler.
@@ -329,15 +401,22 @@ class Runner:
         if scores:
             for tokens in factory.forward.buckets.prefill_tokens:
                 self._program(ProgramKey("score", tokens), factory.scores)
-        if sampler is self._samplers.own:
+        is_own = sampler is self._samplers.own
+        if hidden and is_own:
+            is_cached = are_equal(sampler.steps.sampler, default_sampler())
+            self._wait_for(factory.hidden_windows(sampler.steps, is_cached=is_cached))
+        if embeds:
+            self._wait_for(factory.embeds())
+        if is_own and not embeds:
             return
-        for specs in (factory.split(sampler.steps), factory.forwards()):
+        for specs in (factory.split(sampler.steps), {} if is_own else factory.forwards()):
             if any(key not in self._programs for key in specs):
                 self._programs.add(specs, IDLE)
         buckets, owner = factory.forward.buckets, sampler.steps.owner
         draws = [ProgramKey("draw", rows, owner=owner) for rows in buckets.split_rows]
         try:
-            for key in (*draws, ProgramKey("seat", owner=owner), *factory.first_forwards()):
+            first = () if is_own else factory.first_forwards()
+            for key in (*draws, ProgramKey("seat", owner=owner), *first):
                 self._programs.get(key)
         except EngineDeadError:
             raise
@@ -350,6 +429,12 @@ class Runner:
         rows = zip(plan.rows, plan.draws, strict=True)
         drawing = sorted({row.sampler_id for row, draws in rows if draws})
         samplers = [self._samplers[i] for i in drawing] or [self._samplers.own]
+        if isinstance(plan, DecodePlan) and any(self._feeds_last.get(r.slot) for r in plan.rows):
+            if samplers == [self._samplers.own]:
+                return self._run_window(plan, samplers[0], HIDDEN_DECODE)
+            return self._run_split(plan, samplers)
+        if isinstance(plan, PrefillPlan) and any(row.embeds is not None for row in plan.rows):
+            return self._run_split(plan, samplers)
         if len(samplers) == 1 and self._is_fused(plan, samplers[0]):
             return self._run_fused(plan, samplers[0])
         return self._run_split(plan, samplers)
@@ -372,28 +457,37 @@ class Runner:
         return self._programs.is_ready(key)
 
     def _run_fused(self, plan: StepPlan, sampler: LiveSampler) -> StepHandle:
+        if isinstance(plan, DecodePlan):
+            return self._run_window(plan, sampler, "decode")
         program = self._programs.get(_key(plan, sampler))
-        if isinstance(plan, PrefillPlan):
-            packed = self._pack_prefill(plan, sampler)
-            self._state, sampler.seats, out, hidden = program(
-                self.params, self._state, self._seats(sampler), sampler.arrays, packed
-            )
-            drawn = [_Drawn(sampler, out, 0, 1)]
-            return self._handle(plan, drawn, self._score(plan, hidden))
+        packed = self._pack_prefill(plan, sampler)
+        self._state, sampler.seats, out, hidden = program(
+            self.params, self._state, self._seats(sampler), sampler.arrays, packed
+        )
+        drawn = [_Drawn(sampler, out, sampler.steps.result, 0, 1)]
+        return self._handle(plan, drawn, self._score(plan, hidden))
+
+    def _run_window(self, plan: DecodePlan, sampler: LiveSampler, kind: str) -> StepHandle:
+        has_hidden = kind == HIDDEN_DECODE
+        program = self._programs.get(_key(plan, sampler)._replace(kind=kind))
         packed = self._pack_decode(plan, plan.num_rows)
         self._state, sampler.seats, out = program(
             self.params, self._state, self._seats(sampler), sampler.arrays, packed
         )
         num_steps = self._factory.forward.buckets.max_window_steps
-        return self._handle(plan, [_Drawn(sampler, out, 0, num_steps)], {})
+        layout = sampler.steps.window_result(has_hidden=has_hidden)
+        drawn = [_Drawn(sampler, out, layout, 0, num_steps)]
+        return self._handle(plan, drawn, {}, is_demanded=has_hidden)
 
     def _run_split(self, plan: StepPlan, samplers: list[LiveSampler]) -> StepHandle:
         drawn: list[_Drawn] = []
         if isinstance(plan, PrefillPlan):
-            key = ProgramKey("forward_prefill", plan.num_tokens, plan.num_pages)
+            kind, specs, extra = "forward_prefill", self._factory.forwards, ()
+            if any(row.embeds is not None for row in plan.rows):
+                kind, specs, extra = "embeds_prefill", self._factory.embeds, (self._embeds(plan),)
+            program = self._program(ProgramKey(kind, plan.num_tokens, plan.num_pages), specs)
             packed = self._pack_prefill(plan, None)
-            program = self._program(key, self._factory.forwards)
-            self._state, logits, last, hidden = program(self.params, self._state, packed)
+            self._state, logits, last, hidden = program(self.params, self._state, packed, *extra)
             drawn += self._draw(plan, samplers, logits, last, 0)
             return self._handle(plan, drawn, self._score(plan, hidden))
         buckets = self._factory.forward.buckets
@@ -402,11 +496,14 @@ class Runner:
         program = self._program(key, self._factory.forwards)
         packed = self._pack_decode(plan, num_rows)
         again = batch.pack_decode(plan, buckets, num_rows, batch.NO_EDITS)
+        wants_hidden = any(self._feeds_last.get(row.slot) for row in plan.rows)
+        states = []
         for step in range(plan.num_steps):
-            self._state, logits, last = program(self.params, self._state, packed)
-            drawn += self._draw(plan, samplers, logits, last, step)
+            self._state, logits, hidden = program(self.params, self._state, packed)
+            drawn += self._draw(plan, samplers, logits, hidden.final, step)
+            states += [hidden.reported] * wants_hidden
             packed = again
-        return self._handle(plan, drawn, {})
+        return self._handle(plan, drawn, {}, states)
 
     def _draw(
         self,
@@ -432,8 +529,27 @@ class Runner:
             )
             self._state = dataclasses.replace(self._state, slots=slots)
             sampler.num_split_steps += 1
-            drawn.append(_Drawn(sampler, out, step, 1))
+            drawn.append(_Drawn(sampler, out, sampler.steps.result, step, 1))
         return drawn
+
+    def _embeds(self, plan: PrefillPlan) -> Embeds:
+        """Embeddings of the plan's tokens that have some of their own."""
+        model = self._factory.forward.model
+        is_given = np.zeros(plan.num_tokens, bool)
+        values = np.zeros((plan.num_tokens, model.config.hidden_size), np.float32)
+        start = 0
+        for row in plan.rows:
+            if row.embeds is not None:
+                is_given[start : start + len(row.embeds)] = True
+                values[start : start + len(row.embeds)] = row.embeds
+            start += len(row.token_ids)
+        return Embeds(is_given, values.astype(model.dtype))
+
+    def _wait_for(self, specs: Specs) -> None:
+        """Has all of these compiled, at once."""
+        self._programs.add(specs, LATER)
+        for key in specs:
+            self._programs.get(key)
 
     def _program(
         self, key: ProgramKey, specs: Callable[[], Mapping[ProgramKey, ProgramSpec]]
@@ -443,24 +559,35 @@ class Runner:
             self._programs.add(specs(), IDLE)
         return self._programs.get(key)
 
-    def _score(self, plan: PrefillPlan, hidden: jax.Array) -> dict[str, jax.Array]:
-        if all(row.targets is None for row in plan.rows):
-            return {}
-        program = self._program(ProgramKey("score", plan.num_tokens), self._factory.scores)
-        packed = batch.pack_score(plan, self._factory.forward.buckets, self._logprob_ids)
-        return program(self.params, hidden, packed)
+    def _score(self, plan: PrefillPlan, hidden: Hidden) -> dict[str, jax.Array]:
+        """What is reported of a prefill's own tokens."""
+        reported = {}
+        if any(row.targets is not None for row in plan.rows):
+            program = self._program(ProgramKey("score", plan.num_tokens), self._factory.scores)
+            packed = batch.pack_score(plan, self._factory.forward.buckets, self._logprob_ids)
+            reported = program(self.params, hidden.final, packed)
+        if any(row.states is not None for row in plan.rows):
+            reported[HIDDEN] = hidden.reported
+        return reported
 
     def _handle(
-        self, plan: StepPlan, drawn: list[_Drawn], scores: Mapping[str, jax.Array]
+        self,
+        plan: StepPlan,
+        drawn: list[_Drawn],
+        scores: Mapping[str, jax.Array],
+        hidden: list[jax.Array] | None = None,
+        *,
+        is_demanded: bool = False,
     ) -> StepHandle:
-        wants_lists = any(self._wants_lists.get(row.slot) for row in plan.rows)
-        return StepHandle(plan, drawn, scores, wants_lists=wants_lists)
+        is_demanded |= any(self._wants_lists.get(row.slot) for row in plan.rows)
+        return StepHandle(plan, drawn, scores, hidden, is_demanded=is_demanded)
 
     def _note_wishes(self, plan: StepPlan) -> None:
         """Remembers, by slot, what the plans themselves do not say."""
         if isinstance(plan, PrefillPlan):
             for row in plan.new_rows:
                 self._wants_lists[row.slot] = row.request.wants_lists
+                self._feeds_last[row.slot] = row.request.feeds_last
                 self._logprob_ids[row.slot] = row.request.logprob_ids
 
     def _pack_prefill(self, plan: PrefillPlan, inline: LiveSampler | None) -> np.ndarray:

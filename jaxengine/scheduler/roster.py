@@ -183,6 +183,7 @@ class Roster:
         for sequence in self.waiting:
             sequence.num_in_flight = 0
             sequence.next_target = sequence.first_unscored
+            sequence.next_state = sequence.first_stateless
             for member in sequence.members:
                 member.is_filled = False
         self.cache.flush()

@@ -21,7 +21,7 @@ VOCAB = tiny.CONFIG.vocab_size
 
 # What is passed to `generate`, the error, and words of its message.
 BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({}, RequestError, "`prompt` or `input_ids`"),
+    ({}, RequestError, "`prompt`, `input_ids` or `input_embeds` must be given"),
     ({"prompt": ""}, RequestError, "`prompt` is empty"),
     ({"prompt": ["the", ""]}, RequestError, "Prompt 1 is empty"),
     ({"prompt": 5}, RequestError, "`prompt` must be a string"),

@@ -16,6 +16,7 @@ from jaxengine.errors import ConfigError, WeightsError
 from jaxengine.serve import cli
 from tests.engine import tiny
 from tests.engine.conftest import wait_for
+from tests.gguf_files import write_gguf
 
 GREEDY = {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True}
 [PROMPT] = tiny.prompts_of(9)
@@ -110,6 +111,17 @@ def test_orbax_checkpoint_gives_the_same(checkpoint: Path, tmp_path: Path, make_
     engine = make_engine(model_path=target)
     tiny.assert_greedy(PROMPT, greedy_ids(engine))
     assert engine.generate("the fox", GREEDY)["text"]
+
+
+def test_gguf_file_gives_what_its_tensors_give(tmp_path: Path, make_engine: Any, tokenizer: Any):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny.CONFIG, tiny.TENSORS, tokenizer=tokenizer)
+    engine = make_engine(model_path=path)
+    tiny.assert_greedy(PROMPT, greedy_ids(engine))
+    output = engine.generate("the fox", GREEDY)
+    assert output["meta_info"]["prompt_tokens"] == len(tokenizer.encode("the fox"))
+    assert output["text"] == tokenizer.decode(output["output_ids"])
+    with pytest.raises(ConfigError, match="`load_format` 'gguf' needs a"):
+        make_engine(model_path=tmp_path, load_format="gguf")
 
 
 def test_convert_does_not_write_over_anything(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
