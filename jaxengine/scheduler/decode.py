@@ -14,7 +14,12 @@ from jaxengine.scheduler.roster import Roster
 from jaxengine.scheduler.sequence import Member, Sequence, Status
 
 STREAM_WINDOW_STEPS = 8
-"""Window length while someone reads tokens as they come, or waits for a slot."""
+"""Window length while someone reads tokens as they come; and no window is shorter than this because
+others wait. One whose prompt is half computed waits no longer."""
+
+WAITING_SHARE = 32
+"""While others wait, a window ends when one in so many rows has ended: enough slots and tokens for
+a prefill that is worth interrupting all others for, few enough rows that idle until then."""
 
 
 def plan_decode(roster: Roster, is_ready: Callable[..., bool]) -> DecodePlan | None:
@@ -90,8 +95,11 @@ def _window_steps(roster: Roster, batch: _Batch) -> int:
     if any(s.request.is_streaming for s in batch.sequences):
         # What is left after whole windows joins the last one: no window is shorter than these.
         return steps if longest < 2 * STREAM_WINDOW_STEPS else min(steps, STREAM_WINDOW_STEPS)
+    if any(s.status is Status.PREFILLING for s in roster.running):
+        return min(steps, STREAM_WINDOW_STEPS)
     if roster.waiting:
-        return min(steps, max(STREAM_WINDOW_STEPS, min(batch.num_left)))
+        first_to_end = sorted(batch.num_left)[len(batch.num_left) // WAITING_SHARE]
+        return min(steps, max(STREAM_WINDOW_STEPS, first_to_end))
     return steps
 
 

@@ -187,11 +187,18 @@ class Scheduler:
         )
 
     def _prefill_is_due(self) -> bool:
-        """Prefill first, but never twice in a row while someone reads a running stream."""
-        return self._num_prefills_in_a_row < (1 if self._is_read() else MAX_PREFILLS_IN_A_ROW)
+        """Prefill first; a second one in a row only if it is large, and nobody reads a stream."""
+        if self._num_prefills_in_a_row == 0:
+            return True
+        if self._is_read() or self._num_prefills_in_a_row >= MAX_PREFILLS_IN_A_ROW:
+            return False
+        largest = self._buckets.prefill_tokens[-1]
+        num_tokens, _ = self._roster.to_prefill(largest)
+        return num_tokens >= largest // 4
 
     def _plan_prefill(self) -> PrefillPlan | None:
         most = STREAM_CHUNK_TOKENS if self._is_read() else self._buckets.prefill_tokens[-1]
+        most = self._buckets.full_prefill(*self._roster.to_prefill(most))
         return PrefillDraft(self._roster, most).plan(self._is_ready)
 
     def _take(
