@@ -23,17 +23,12 @@ from jaxengine.models.family import BoundModel, Family, Params
 from jaxengine.nn.attention import ForwardContext
 from jaxengine.runtime import weights
 from jaxengine.runtime.checkpoints import open_checkpoint
+from jaxengine.runtime.executables import ExecutableCache, default_cache_dir, fingerprint
 from jaxengine.runtime.forward import Forward
 from jaxengine.runtime.kv_cache import max_num_pages
-from jaxengine.runtime.programs import (
-    IDLE,
-    ExecutableCache,
-    ProgramKey,
-    Programs,
-    default_cache_dir,
-    fingerprint,
-)
-from jaxengine.runtime.runner import ProgramFactory, Runner
+from jaxengine.runtime.program_factory import ProgramFactory
+from jaxengine.runtime.programs import IDLE, ProgramKey, Programs
+from jaxengine.runtime.runner import Runner
 from jaxengine.runtime.samplers import Samplers
 from jaxengine.runtime.sharding import make_mesh
 from jaxengine.runtime.slots import sampler_layout, slot_layout
@@ -46,8 +41,11 @@ from jaxengine.scheduler.policy import Policy
 from jaxengine.scheduler.scheduler import Scheduler
 
 GPU_PREFILL, CPU_PREFILL = (64, 256, 1024, 2048, 4096), (32,)
-GPU_DECODE, CPU_DECODE = (1, 4, 16, 32, 64, 128, 192), (1, 4)
+GPU_DECODE, CPU_DECODE = (1, 16, 32, 64, 128, 192, 256), (1, 4, 8)
 """Buckets below the largest, which is the chunk size or the number of slots."""
+
+LARGE_GPU_BYTES = 60 << 30
+"""From so much memory on there are slots, and logits, for 512 sequences; below, for 256."""
 
 CPU_KV_BYTES = 512 << 20
 """KV pages on a CPU unless `max_total_tokens` says otherwise."""
@@ -144,7 +142,7 @@ def build(
             if params is not None:
                 arrays = weights.check_params(params, target)
             else:
-                arrays = _load_params(config, family, model_config, target, progress)
+                arrays = load_params(config, family, model_config, target, progress)
         runner = Runner(factory, arrays, samplers, programs)
     except BaseException:
         programs.stop()
@@ -180,9 +178,15 @@ def _hidden_layers(config: EngineConfig, model: ModelConfig) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def _load_params(
+def load_params(
     config: EngineConfig, family: Family, model: ModelConfig, target: Params, progress: bool
 ) -> Params:
+    """The arrays of the checkpoint at `config.model_path`, on the device.
+
+    Raises:
+      WeightsError: For tensors that do not fit.
+      ConfigError: If there is no checkpoint.
+    """
     if config.load_format == "dummy":
         return weights.random_params(target)
     path = locate(config)
@@ -293,7 +297,7 @@ def settle(
     dtype = _dtype(config, model, device)
     context = _context_length(config, model)
     pages_per_sequence = -(-context // config.page_size)
-    slots = config.max_running_requests or (256 if is_gpu else 16)
+    slots = config.max_running_requests or _default_slots(device)
     chunk = config.chunked_prefill_size or (8192 if is_gpu else 256)
     chunk = context if chunk == -1 else min(chunk, context)
     chunk = -(-chunk // config.page_size) * config.page_size
@@ -312,10 +316,7 @@ def settle(
         buckets=Buckets(
             decode_rows=(*(b for b in decode if b < slots), slots),
             prefill_tokens=(*(t for t in prefill if t < chunk), chunk),
-            # Plain XLA gathers every page of the bucket, so short sequences get a small one.
-            num_pages=(pages_per_sequence,)
-            if is_gpu
-            else tuple(sorted({-(-pages_per_sequence // 4), pages_per_sequence})),
+            num_pages=(pages_per_sequence,),
             num_slots=slots,
             page_size=config.page_size,
             max_window_steps=config.max_window_steps,
@@ -363,6 +364,13 @@ def _pages_in_memory(
 
 def _gb(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB"
+
+
+def _default_slots(device: Any) -> int:
+    if device.platform != "gpu":
+        return 16
+    memory = device.memory_stats() or {}
+    return 512 if memory.get("bytes_limit", 0) >= LARGE_GPU_BYTES else 256
 
 
 def _round_down(pages: int) -> int:

@@ -40,19 +40,39 @@ class Call:
         self._channel = channel
         self._running = dict(samples)
         self._left = set(range(num_outputs))
+        self._num_outputs = num_outputs
         self._is_single = is_single
 
-    def collect(self) -> Output | list[Output]:
-        """Waits for every sample's final output."""
+    @property
+    def num_samples(self) -> int:
+        """How many final outputs it brings."""
+        return self._num_outputs
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether `collect` of a call that is not streamed would not wait."""
+        return len(self._channel) >= self._num_outputs
+
+    def watch(self, on_output: Callable[[], object]) -> None:
+        """Has a function called, in any thread, for every output: it must not wait."""
+        self._channel.watch(on_output)
+
+    def collect(self, on_output: Callable[[Output], object] | None = None) -> Any:
+        """Waits for every sample's final output; `on_output` sees each as it comes."""
+        items = []
         try:
-            return self._arrange([self._take(self._channel.get()) for _ in range(len(self._left))])
+            for _ in range(self._num_outputs):
+                items.append(self._take(self._channel.get()))
+                if on_output is not None:
+                    on_output(items[-1][1])
+            return self._arrange(items)
         finally:
             self.close()
 
     async def acollect(self) -> Output | list[Output]:
         """Awaits every sample's final output."""
         try:
-            items = [self._take(await self._channel.aget()) for _ in range(len(self._left))]
+            items = [self._take(await self._channel.aget()) for _ in range(self._num_outputs)]
             return self._arrange(items)
         finally:
             self.close()
@@ -110,7 +130,9 @@ class Call:
 
     def _label(self, item: tuple[int, Output]) -> Output:
         index, output = item
-        return output if self._is_single else {**output, "index": index}
+        if not self._is_single:
+            output["index"] = index
+        return output
 
     def _arrange(self, items: list[tuple[int, Output]]) -> Output | list[Output]:
         ordered = [output for _, output in sorted(items, key=lambda item: item[0])]

@@ -61,7 +61,7 @@ def render(
 
 def _conversations(messages: Any) -> tuple[list[Any], bool]:
     """The conversations, and whether there is a list of them."""
-    is_list = isinstance(messages, list | tuple) and all(
+    is_list = isinstance(messages, list | tuple) and any(
         isinstance(item, list | tuple) for item in messages
     )
     rows = list(messages) if is_list else [messages]

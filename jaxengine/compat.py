@@ -166,7 +166,7 @@ ENGINE_ARGUMENTS = _table(
         "it is always on",
         """
         enable_cache_report enable_custom_logit_processor enable_fp32_lm_head enable_nan_detection
-        enable_return_hidden_states return_hidden_states_mode
+        enable_memory_saver enable_return_hidden_states return_hidden_states_mode
         """,
     ),
     ignored(
@@ -309,7 +309,6 @@ ENGINE_ARGUMENTS = _table(
         "pages are given as they are needed, and who runs may be preempted and recomputed",
         "schedule_conservativeness",
     ),
-    refused("memory is released by `shutdown` alone", "enable_memory_saver"),
     ignored(
         "a checkpoint is a folder of safetensors or a GGUF file, mapped into memory and kept",
         """

@@ -1,12 +1,21 @@
 """Engine: the public API. Text in and out, in one process, from any thread or event loop."""
 
 import atexit
+import dataclasses
 import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+)
+from typing import Any, Literal
 
 from jaxengine import build as builder
 from jaxengine.call import Call
@@ -14,6 +23,7 @@ from jaxengine.chat import render
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.defaults import default_params, with_defaults
 from jaxengine.errors import RequestError
+from jaxengine.imap import aimap, imap, merged_arguments
 from jaxengine.locate import locate
 from jaxengine.log import logger
 from jaxengine.pooling import (
@@ -24,31 +34,26 @@ from jaxengine.pooling import (
     read_scores,
     score_prompts,
 )
+from jaxengine.profiling import Profile
+from jaxengine.progress import Progress
 from jaxengine.requests import group_size, parse_call
+from jaxengine.residency import Residency, Running
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.sampling import as_sampler, default_sampler
 from jaxengine.sampling.processor import with_processor
+from jaxengine.sglang_names import CacheFlush, SGLangNames
 from jaxengine.submit import Submitter
 from jaxengine.text.detokenizer import Vocabulary
 from jaxengine.text.tokenizer import eos_token_ids, load_tokenizer, set_chat_template
 from jaxengine.types import SequenceRequest
+from jaxengine.weight_sources import WeightSources
 from jaxengine.worker import Worker
 
 SHUTDOWN_TIMEOUT_S = 60.0
 """Longest wait for a device step that is under way."""
 
 
-class CacheFlush(NamedTuple):
-    """What `Engine.flush_cache` gives, as in SGLang.
-
-    Attributes:
-      success: Always True: here the cache can be flushed at any time.
-    """
-
-    success: bool
-
-
-class Engine:
+class Engine(SGLangNames):
     """An offline LLM engine with the interface of `sglang.Engine`.
 
     One process: no children, no ports, no signal handlers, no event-loop policy. Calls are safe
@@ -88,6 +93,7 @@ class Engine:
         """
         started = time.perf_counter()
         self._finalizer: weakref.finalize | None = None
+        self._profile: Profile | None = None
         given = {"model_path": str(model_path)}
         if isinstance(model_path, EngineConfig):
             given = model_path.settings()
@@ -119,12 +125,17 @@ class Engine:
                 tokenizer=self.tokenizer,
             )
             self._worker = Worker(built.core, built.runner.release)
+            self._residency = Residency(
+                self._worker, built.core, built.runner, self.config.weight_version
+            )
+            self._sources = WeightSources(self.config, self.model_config, built.runner.target)
             self._submitter = Submitter(
                 self._worker,
                 tokenizer=self.tokenizer,
                 vocabulary=vocabulary,
                 eos_token_ids=eos_token_ids(self.tokenizer, self.model_config.eos_token_ids),
                 config=built.config,
+                weight_versions=self._residency.versions,
             )
             # Calls under way hold it, too: the engine stops when nobody wants anything of it.
             self._finalizer = weakref.finalize(self._submitter, _stop, self._worker, built.programs)
@@ -133,7 +144,7 @@ class Engine:
             self._finalizer.atexit = False
             atexit.register(self._finalizer)
             # The engine answers once the smallest programs are there; the others follow.
-            built.programs.wait(all_of_them=False)
+            built.programs.wait_first()
         except BaseException:  # Ctrl-C, too
             built.programs.stop()
             self.shutdown()
@@ -162,6 +173,7 @@ class Engine:
         capture: Any = None,
         companions: Any = None,
         stream: bool = False,
+        progress: bool = False,
         rid: Any = None,
         priority: Any = None,
         cache_salt: Any = None,
@@ -210,6 +222,7 @@ class Engine:
             combines their logits; a list, or one list a prompt.
           stream: Give an iterator of outputs as they grow: `text` and `output_ids` so far, and
             what is new in `delta_text` and `delta_ids`; for a list also `index`.
+          progress: Show a bar with tokens per second, the time left and prefix-cache hits.
           rid: The request's id, in `meta_info["id"]`; fresh when None.
           priority: Who is more urgent, where `schedule_policy` is "priority"; an integer.
           cache_salt: Prefixes in the cache are shared only with requests of the same one; a string.
@@ -257,7 +270,10 @@ class Engine:
             on_error=on_error,
             others=others,
         )
-        return call if stream else call.collect()
+        if stream or not progress:
+            return call if stream else call.collect()
+        with Progress(call.num_samples, self.stats, unit="sample", is_shown=True) as bar:
+            return call.collect(bar.update)
 
     async def async_generate(
         self,
@@ -319,6 +335,53 @@ class Engine:
         )
         return call if stream else await call.acollect()
 
+    def imap(
+        self,
+        items: Iterable[Any],
+        sampling_params: Any = None,
+        *,
+        max_in_flight: int | None = None,
+        ordered: bool = True,
+        on_error: str = "raise",
+        **arguments: Any,
+    ) -> Iterator[Any]:
+        """Continues prompts as they come, lazily: a generator over any iterable, endless ones too.
+
+        With the same seed, item i gives what prompt i of a list gives to `generate`. Closing the
+        generator aborts what is in flight.
+
+        Args:
+          items: Each a text, a list of token ids, or a dict of arguments of `generate`; its own
+            sampling parameters go before those of the call. Taken when there is room.
+          sampling_params: For all items.
+          max_in_flight: Most items that run or wait; twice `max_running_requests` when None.
+          ordered: Results in the order of the items, as `generate` gives them for one; else
+            `(place, result)` as they end.
+          on_error: "raise", or "return" to give the exception of an item that fails in its place.
+          **arguments: Further arguments of `generate`, for all items.
+
+        Raises:
+          RequestError: For an item that is wrong, with `on_error="raise"`; the exception of one
+            that fails, likewise.
+          EngineDeadError: After `shutdown`, always.
+        """
+        start = self._item_starter({"sampling_params": sampling_params, **arguments})
+        return imap(start, items, **self._flow(max_in_flight, ordered, on_error))
+
+    def aimap(
+        self,
+        items: Iterable[Any] | AsyncIterable[Any],
+        sampling_params: Any = None,
+        *,
+        max_in_flight: int | None = None,
+        ordered: bool = True,
+        on_error: str = "raise",
+        **arguments: Any,
+    ) -> AsyncIterator[Any]:
+        """`imap` for coroutines: an async generator; the items may come asynchronously, too."""
+        start = self._item_starter({"sampling_params": sampling_params, **arguments})
+        return aimap(start, items, **self._flow(max_in_flight, ordered, on_error))
+
     # -- control
 
     def abort(self, rid: str | Callable[[str], bool]) -> None:
@@ -335,13 +398,6 @@ class Engine:
     def abort_all(self) -> None:
         """Ends every request in flight."""
         self._submitter.abort(lambda rid: True)
-
-    def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
-        """`abort` or `abort_all`, as SGLang calls them; the id must be exact."""
-        if abort_all:
-            self.abort_all()
-        else:
-            self.abort(rid)
 
     def pause(self, mode: Literal["in_place", "retract", "abort"] = "in_place") -> None:
         """Waits for the window under way, and lets no other begin before `resume`.
@@ -366,13 +422,85 @@ class Engine:
         """Goes on after `pause`."""
         self._worker.call(self._core.resume).result()
 
-    pause_generation = pause
-    continue_generation = resume
-
     def flush_cache(self) -> CacheFlush:
         """Forgets all cached prefixes; requests that run go on with the pages they have."""
         self._worker.call(self._core.scheduler.flush_cache).result()
         return CacheFlush(success=True)
+
+    # -- weights and memory
+
+    @property
+    def params(self) -> Any:
+        """The model's arrays on the device, as `jaxengine.models` names them.
+
+        Do not donate them. None while they are released, and after `shutdown`.
+        """
+        return self._runner.params
+
+    def update_weights(
+        self,
+        weights: Any,
+        *,
+        version: str | None = None,
+        running: Running = "finish",
+        partial: bool = False,
+    ) -> None:
+        """Puts other weights in the place of these: all of them or, on any error, none.
+
+        Names, shapes and dtypes are checked first; floats are cast to the engine's dtype. The
+        prefix cache is flushed. Every output's `weight_version` says what its last token was drawn
+        with; one that saw a change has `output_weight_versions`, a name a token.
+
+        Args:
+          weights: A tree like `params`, whose arrays are used as they are where dtype and placement
+            agree: nothing is copied, so do not donate them later (pass copies if you do). Or a dict
+            of Hugging Face names and numpy, jax or DLPack arrays; or a checkpoint folder or hub id.
+          version: Name of these weights; a number counted up when None.
+          running: "finish": requests under way end with the weights they have, and those that come
+            meanwhile wait. "keep": those under way go on with the new weights from the next step
+            on, over the keys and values they have; `pause("retract")` first has these made anew.
+          partial: A dict may lack names; what they name stays as it is.
+
+        Raises:
+          WeightsError: Names every missing, unexpected and misshapen tensor at once.
+        """
+        make = self._sources.read(weights, is_partial=partial)
+        name = str(len(self._residency.versions)) if version is None else version
+        self._residency.update(make, name, running)
+        if isinstance(weights, str | os.PathLike):
+            path = str(weights)
+            self.config = dataclasses.replace(self.config, model_path=path, served_model_name=path)
+
+    def weights_by_name(self, name: str) -> Any:
+        """The array that a checkpoint calls `name`, e.g. "model.norm.weight"; None for no such."""
+        return self._sources.named(name, self._runner.params)
+
+    def release_memory(
+        self, tags: Collection[str] | None = None, *, keep_copy: bool = True
+    ) -> dict[str, Any]:
+        """Frees device memory between uses; waits for requests under way, and lets others wait.
+
+        What is freed is free for this process at once. JAX's allocator gives it to other processes
+        only where JAX was started with XLA_PYTHON_CLIENT_ALLOCATOR=platform. Arrays that somebody
+        else holds, such as a trainer's own, stay.
+
+        Args:
+          tags: "weights", "kv_cache" (with all state of running requests), or both; None is both.
+          keep_copy: Keep the weights in host memory, for `resume_memory`; else they must come from
+            `update_weights`.
+
+        Returns:
+          Bytes that went, by tag, and the allocator's `bytes_in_use_before` and `bytes_in_use`.
+        """
+        return self._residency.release(tags, keep_copy=keep_copy)
+
+    def resume_memory(self, tags: Collection[str] | None = None) -> None:
+        """Brings back what `release_memory` took; with all of it there, requests go on.
+
+        Raises:
+          WeightsError: For weights that were released without a copy.
+        """
+        self._residency.resume(tags, self._sources.place)
 
     # -- lifetime
 
@@ -393,12 +521,53 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def wait_until_compiled(self) -> None:
-        """Waits until every program is ready, so that nothing after is slowed by compiling."""
-        self._programs.wait(all_of_them=True)
+    def wait_until_compiled(self, *, background: bool = False) -> None:
+        """Waits until the programs the engine began with are ready.
+
+        Args:
+          background: Also for those compiled ahead of need: steps without a sampler, and fused
+            forms of samplers that calls brought. Nothing after is slowed by compiling then.
+        """
+        self._programs.wait(background=background)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it takes requests."""
+        return not self._worker.is_dead
+
+    def start_profile(self, output_dir: str | None = None, **others: Any) -> None:
+        """Starts a trace of the process; its steps are named by bucket, "decode_b32_p64_k8".
+
+        Args:
+          output_dir: Folder it will be written to; a fresh temporary one when None.
+          **others: What SGLang's torch profiler takes is ignored, with a warning.
+
+        Raises:
+          RuntimeError: If one is under way in this process.
+        """
+        for name in others:
+            logger.warning("`%s` of start_profile is ignored: JAX's profiler has no such.", name)
+        self._profile = Profile(output_dir)
+
+    def stop_profile(self) -> str:
+        """Writes the trace, and gives the path of the file to open at ui.perfetto.dev.
+
+        Raises:
+          RuntimeError: If none is under way.
+        """
+        if self._profile is None:
+            raise RuntimeError("No profile is under way; call `start_profile` first.")
+        profile, self._profile = self._profile, None
+        return str(profile.stop())
 
     def stats(self) -> dict[str, Any]:
-        """Counts and times since the start: queue, pages, tokens, windows, start-up."""
+        """Counts and times since the start.
+
+        Queue (`num_waiting`, `num_running`), pages (`num_free_pages`, `num_cached_pages`,
+        `cache_hit_rate`), tokens, each `_per_s` of the time the engine had work, windows by their
+        number of steps (`window_sizes`), and where that time went (`seconds`): "schedule",
+        "dispatch", "wait" for the device, and "text" in a thread of its own.
+        """
         return {
             **self._core.stats(),
             "startup_seconds": {**self._built_seconds, "total": self._startup_seconds},
@@ -612,6 +781,25 @@ class Engine:
             parsed, samples, is_streaming=stream, has_text=bool(return_text_in_logprobs)
         )
 
+    def _item_starter(self, common: dict[str, Any]) -> Callable[[Any, int], Call]:
+        def start(item: Any, place: int) -> Call:
+            return self._start(**merged_arguments(common, item, place, _START_DEFAULTS))
+
+        return start
+
+    def _flow(self, max_in_flight: int | None, ordered: bool, on_error: str) -> dict[str, Any]:
+        if on_error not in ("raise", "return"):
+            raise RequestError(f'`on_error` must be "raise" or "return", got {on_error!r}.')
+        if max_in_flight is None:
+            max_in_flight = 2 * (self.config.max_running_requests or 1)
+        if max_in_flight < 1:
+            raise RequestError(f"`max_in_flight` must be at least 1, got {max_in_flight}.")
+        return {
+            "max_in_flight": max_in_flight,
+            "is_ordered": ordered,
+            "returns_errors": on_error == "return",
+        }
+
     def _live_sampler(
         self, sampler: Any, processor: Any, capture: Any, group_size: int
     ) -> LiveSampler:
@@ -626,6 +814,13 @@ class Engine:
                 raise RequestError("`capture` must map names to functions (logits, drawn, ctx).")
             chosen = chosen._replace(capture={**chosen.capture, **capture})
         return self._samplers.get(chosen, group_size, forget=self._programs.drop)
+
+
+_START_DEFAULTS = {
+    **dict.fromkeys(("prompt", "sampling_params", "input_ids")),
+    **{k: v for k, v in (Engine.generate.__kwdefaults__ or {}).items() if k != "progress"},
+}
+"""What `generate` takes where an item of `imap` does not say."""
 
 
 def _stop(worker: Worker, programs: Any) -> None:

@@ -72,7 +72,11 @@ class GGUFFile:
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the metadata: a number, a string, or a list of them."""
         field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+        if field is None:
+            return default
+        value = field.contents()
+        # Floats are stored in 32 bits; the shortest decimal is what the converter read.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def _own(self, key: str, default: Any = None) -> Any:
         return self.get(f"{self.architecture}.{key}", default)

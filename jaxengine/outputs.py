@@ -2,15 +2,17 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 
 from jaxengine.channel import Channel
+from jaxengine.display import Output
 from jaxengine.hidden import HiddenCollector
 from jaxengine.text.detokenizer import Detokenizer
-from jaxengine.types import HIDDEN, SequenceRequest, SequenceUpdate, StopReason
+from jaxengine.types import HIDDEN, WEIGHTS_ID, SequenceRequest, SequenceUpdate, StopReason
 
 type Decode = Callable[[int], str]
 
@@ -30,7 +32,7 @@ class SequenceOutput:
         detokenizer: Detokenizer | None,
         has_stop_strings: bool,
         decode: Decode | None,
-        weight_version: str,
+        weight_versions: Sequence[str],
         returns_errors: bool = False,
         hidden: HiddenCollector | None = None,
         stream_interval: int = 1,
@@ -43,7 +45,7 @@ class SequenceOutput:
         detokenizer: None when ids are all that is wanted.
         has_stop_strings: Text must be looked at as it comes.
         decode: Gives a token's text, where logprobs are to carry it.
-        weight_version: Reported with every output.
+        weight_versions: Names of all weights the engine has had, by their ids; grows.
         returns_errors: An error becomes an output, instead of being put itself.
         hidden: Collects hidden states, where they are wanted.
         stream_interval: Tokens between two outputs of a stream, at least; the first comes at once.
@@ -54,7 +56,8 @@ class SequenceOutput:
         self._index = index
         self._detokenizer = detokenizer
         self._watches_text = has_stop_strings or request.is_streaming
-        self._weight_version = weight_version
+        self._weight_versions = weight_versions
+        self._weights_ids: list[tuple[int, int]] = []
         self._returns_errors = returns_errors
         self._hidden = hidden
         self._stream_interval = stream_interval
@@ -87,6 +90,7 @@ class SequenceOutput:
 
     def _take(self, update: SequenceUpdate) -> StopReason | None:
         self._ids += update.token_ids
+        self._note_weights(update)
         self._reports.push(update)
         self._undecoded += update.token_ids
         return self._read_text(update.finish)
@@ -141,6 +145,27 @@ class SequenceOutput:
             self._delta_text += text.finish()
         return finish
 
+    def _note_weights(self, update: SequenceUpdate) -> None:
+        """Remembers with which weights tokens were drawn, as (id, first token) of every change."""
+        ids = update.leaves.get(WEIGHTS_ID, ())
+        first = len(self._ids) - len(update.token_ids)
+        if update.token_ids and len(ids):
+            if not self._weights_ids or self._weights_ids[-1][0] != ids[0]:
+                self._weights_ids.append((int(ids[0]), first))
+
+    def _weight_version(self) -> str:
+        """Of the last token; the engine's where there is none."""
+        used = [weights_id for weights_id, first in self._weights_ids if first < len(self._ids)]
+        return self._weight_versions[used[-1] if used else -1]
+
+    def _token_versions(self) -> list[str]:
+        ends = [first for _, first in self._weights_ids[1:]] + [len(self._ids)]
+        return [
+            self._weight_versions[weights_id]
+            for (weights_id, first), end in zip(self._weights_ids, ends, strict=True)
+            for _ in range(first, end)
+        ]
+
     def _output(self, finish: StopReason | None, update: SequenceUpdate) -> dict[str, Any]:
         request = self._request
         now = time.perf_counter()
@@ -151,11 +176,13 @@ class SequenceOutput:
             "completion_tokens": len(self._ids),
             "cached_tokens": update.cached_tokens,
             "reasoning_tokens": 0,
-            "weight_version": self._weight_version,
+            "weight_version": self._weight_version(),
             "num_retractions": update.num_retractions,
             "seed": request.seed,
             **self._reports.logprobs(),
         }
+        if len(self._weights_ids) > 1:
+            meta["output_weight_versions"] = self._token_versions()
         if finish is not None:
             meta["e2e_latency"] = now - self._started
             if self._hidden is not None:
@@ -165,14 +192,15 @@ class SequenceOutput:
         if not self._was_answered:
             meta["response_sent_to_client_ts"] = time.time()
             self._was_answered = True
-        output: dict[str, Any] = {}
+        output = Output()
         if self._detokenizer is not None:
             output["text"] = self._detokenizer.text
         output |= {"output_ids": self._ids.copy(), "meta_info": meta}
         if self._has_prompt_ids:
             output["prompt_token_ids"] = request.prompt_ids.tolist()
-        captures = self._reports.captures()
-        return {**output, "captures": captures} if captures else output
+        if captures := self._reports.captures():
+            output["captures"] = captures
+        return output
 
 
 class _Reports:
@@ -197,7 +225,8 @@ class _Reports:
             self._push_tokens("output", update.leaves, update.leaves["token"])
             for kind in ("raw", "processed"):
                 self._kinds[f"output_{kind}"] += update.leaves[f"{kind}_logprob"].tolist()
-        if self._kinds and update.prompt_leaves:
+        # Hidden states of the prompt may come without its logprobs.
+        if self._kinds and "logprob" in update.prompt_leaves:
             self._push_prompt(update.prompt_leaves)
         for name, leaf in update.leaves.items():
             if name.startswith(("aux", "capture/")):
@@ -229,7 +258,7 @@ class _Reports:
         num_before = len(self._kinds["input_token"])
         if num_before == 0 and start == 0:
             # Nothing comes before the first token, so it has no probability.
-            self._kinds["input_token"].append((None, int(ids[0]), self._text(ids[0])))
+            self._kinds["input_token"].append((None, int(ids[0]), self._text(int(ids[0]))))
             for kind in ("input_top", "input_token_ids"):
                 if kind in self._kinds:
                     self._kinds[kind].append(None)
@@ -240,22 +269,21 @@ class _Reports:
     def _push_tokens(
         self, side: str, leaves: Mapping[str, np.ndarray], token_ids: np.ndarray
     ) -> None:
-        request = self._request
-        self._kinds[f"{side}_token"] += self._triples(leaves["logprob"], token_ids)
+        request, kinds = self._request, self._kinds
+        kinds[f"{side}_token"] += self._triples(leaves["logprob"].tolist(), token_ids.tolist())
         if request.num_top_logprobs:
-            pairs = zip(leaves["top_logprobs"], leaves["top_ids"], strict=True)
-            self._kinds[f"{side}_top"] += [
-                self._triples(values[: request.num_top_logprobs], ids) for values, ids in pairs
-            ]
+            tops = leaves["top_logprobs"][:, : request.num_top_logprobs].tolist()
+            kinds[f"{side}_top"] += map(self._triples, tops, leaves["top_ids"].tolist())
         if request.logprob_ids:
-            self._kinds[f"{side}_token_ids"] += [
-                self._triples(values, request.logprob_ids) for values in leaves["id_logprobs"]
-            ]
+            given = leaves["id_logprobs"].tolist()
+            kinds[f"{side}_token_ids"] += map(self._triples, given, repeat(request.logprob_ids))
 
-    def _triples(self, logprobs: np.ndarray, ids: Any) -> list[tuple[float, int, str | None]]:
-        # The longer of the two is padded.
-        pairs = zip(logprobs.tolist(), ids, strict=False)
-        return [(logprob, int(i), self._text(i)) for logprob, i in pairs]
+    def _triples(
+        self, logprobs: list[float], ids: Sequence[int]
+    ) -> list[tuple[float, int, str | None]]:
+        # Millions at batch 256 with twenty a token: no loop in Python. The longer one is padded.
+        texts = repeat(None) if self._decode is None else map(self._decode, ids)
+        return list(zip(logprobs, ids, texts, strict=False))
 
     def _text(self, token_id: int) -> str | None:
-        return None if self._decode is None else self._decode(int(token_id))
+        return None if self._decode is None else self._decode(token_id)

@@ -34,6 +34,7 @@ class PromptRequest:
 
     Attributes:
       index: Place of the prompt in its list.
+      seed_key: What its seed is derived from beside the call's.
       rid: Public id.
       text: The prompt, not empty; None when ids were given.
       input_ids: The prompt as int32 ids in the vocabulary, at least one; None when text was given.
@@ -54,6 +55,7 @@ class PromptRequest:
     """
 
     index: int
+    seed_key: int | str
     rid: str
     text: str | None
     input_ids: np.ndarray | None
@@ -121,6 +123,7 @@ def parse_call(
     timeout_s: Any = None,
     on_error: Any = "raise",
     rid: Any = None,
+    seed_key: int | str | None = None,
     others: Mapping[str, Any],
     specs: Mapping[str, Param],
     vocab_size: int,
@@ -149,6 +152,7 @@ def parse_call(
       timeout_s: One for all, or a list.
       on_error: "raise", or "return" to refuse bad prompts alone.
       rid: Public id or ids; one id and a list of prompts give `{rid}_{index}`. Fresh when None.
+      seed_key: Of the one prompt, where it is one of a stream; its index when None.
       others: Further keyword arguments of the call.
       specs: Parameters of the engine's sampler.
       vocab_size: Token ids are in [0, vocab_size).
@@ -161,6 +165,9 @@ def parse_call(
       RequestError: For anything else; it names the prompt by its index.
     """
     _check_others(others, specs)
+    if prompt is not None and input_ids is not None and tokenizer is None:
+        # Ray's stage for SGLang sends both; without a tokenizer only the ids can be meant.
+        prompt = None
     arguments.choice("on_error", on_error, ("raise", "return"))
     arguments.choice("hidden_states_format", hidden_states_format, ("numpy", "sglang"))
     kind, rows, is_list = _rows(prompt, input_ids, input_embeds, tokenizer)
@@ -206,6 +213,7 @@ def parse_call(
             _check_goes_with_embeds(friends[i], start)
         return PromptRequest(
             index=i,
+            seed_key=i if seed_key is None else seed_key,
             rid=rids[i],
             text=text,
             input_ids=ids,

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from jaxengine.channel import Channel
 from jaxengine.config import EngineConfig
 from jaxengine.errors import PromptTooLongError, QueueFullError, RequestError
 from jaxengine.hidden import HiddenCollector
+from jaxengine.log import logger
 from jaxengine.outputs import SequenceOutput
 from jaxengine.params import SamplingParams, derive_seed, fresh_seed
 from jaxengine.requests import ParsedCall, PromptRequest, Refused
@@ -38,6 +39,7 @@ class Submitter:
         vocabulary: Vocabulary | None,
         eos_token_ids: tuple[int, ...],
         config: EngineConfig,
+        weight_versions: Sequence[str],
     ) -> None:
         """Starts with nothing in flight.
 
@@ -47,12 +49,14 @@ class Submitter:
           vocabulary: Its tokens' bytes.
           eos_token_ids: End every text that does not ignore them.
           config: With every None resolved.
+          weight_versions: Names of all weights there have been; grows.
         """
         self._worker = worker
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._eos = eos_token_ids
         self._config = config
+        self._weight_versions = weight_versions
         seed = config.random_seed
         self._seeds = None if seed is None else np.random.default_rng(seed)
         self._seq_ids = itertools.count()
@@ -76,7 +80,7 @@ class Submitter:
             try:
                 if isinstance(request, Refused):
                     raise request.error
-                ids = tokenized(request)
+                ids = self._fitted(tokenized(request), request)
                 samples += [
                     self._sequence(request, ids, sample, live, is_streaming=is_streaming)
                     for sample in range(parsed.n)
@@ -126,7 +130,7 @@ class Submitter:
                 detokenizer=self._detokenizer(params),
                 has_stop_strings=bool(params.stop or params.stop_regex),
                 decode=decode,
-                weight_version="default",
+                weight_versions=self._weight_versions,
                 returns_errors=parsed.returns_errors,
                 hidden=None if is_refused else _collector(request, sample),
                 stream_interval=params.stream_interval or self._config.stream_interval,
@@ -200,6 +204,16 @@ class Submitter:
 
         return ids_of
 
+    def _fitted(self, ids: np.ndarray, request: PromptRequest) -> np.ndarray:
+        """The prompt, without its end where that is allowed and leaves room for one token."""
+        config = self._config
+        assert config.context_length is not None and config.max_total_tokens is not None
+        most = min(config.context_length, config.max_total_tokens) - 1
+        if not config.allow_auto_truncate or len(ids) <= most or request.embeds is not None:
+            return ids
+        logger.warning("Prompt %d of %d tokens is cut to %d.", request.index, len(ids), most)
+        return ids[:most]
+
     def _sequence(
         self,
         request: PromptRequest,
@@ -236,7 +250,7 @@ class Submitter:
             min_new_tokens=params.min_new_tokens,
             stop_token_ids=stop_ids,
             ignore_eos=params.ignore_eos,
-            seed=seed if is_exact else derive_seed(seed, request.index, sample),
+            seed=seed if is_exact else derive_seed(seed, request.seed_key, sample),
             values=request.values,
             sampler_id=live.sampler_id,
             sampler=live,
@@ -355,6 +369,7 @@ def _collector(request: PromptRequest, sample: SequenceRequest) -> HiddenCollect
         request.hidden_states,
         request.hidden_format,
         len(sample.prompt_ids),
+        sample.max_new_tokens,
         may_be_cut=bool(request.params.stop or request.params.stop_regex),
     )
 

@@ -17,6 +17,9 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROB_IDS = 64
 """Most token ids whose logprobs one request may ask for."""
 
+WEIGHTS_ID = "weights"
+"""Name of the leaf that says of every token which weights it was drawn with."""
+
 HIDDEN = "hidden"
 """Name of the leaf with hidden states, of prompt tokens and of tokens drawn."""
 

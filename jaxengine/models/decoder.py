@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import ModelConfig
-from jaxengine.models.family import WeightPart
+from jaxengine.models.family import WeightPart, run_layer
 from jaxengine.nn.attention import AttentionMetadata, ForwardContext, KVPages
 from jaxengine.nn.layers import Embedding, Linear, RMSNorm, project_to_vocab
 from jaxengine.nn.rope import Rotation, rotate, rotation
@@ -156,7 +156,7 @@ class Decoder(nnx.Module):
         pages_in = kv_cache or [None] * len(self.layers)
         for i, (layer, pages) in enumerate(zip(self.layers, pages_in, strict=True)):
             ctx.see(i, x)
-            x, pages = layer(x, angles, pages, meta, ctx)
+            x, pages = run_layer(layer, ctx, x, angles, pages, meta)
             pages_out.append(pages)
         return self.norm(x), pages_out
 

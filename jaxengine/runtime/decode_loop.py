@@ -79,6 +79,7 @@ class SamplerSteps:
       layout: Columns of the sampler's own table.
       group_size: Rows that are continued by the same tokens: a prompt and its companions.
       result: What is reported of a token.
+      row_state: Shapes of what the sampler keeps of a row.
       owner: Id of the programs compiled of it; 0 is the engine's own sampler.
     """
 
@@ -87,6 +88,7 @@ class SamplerSteps:
     layout: TableLayout
     group_size: int
     result: ResultLayout
+    row_state: SamplerState | None = None
     owner: int = 0
 
     @classmethod
@@ -114,15 +116,19 @@ class SamplerSteps:
                     f"The sampler's `update` turns state {a.dtype}{list(a.shape)} into "
                     f"{b.dtype}{list(b.shape)}; shape and dtype must stay as `init` gives them."
                 )
-        return dataclasses.replace(steps, result=ResultLayout(drawn.leaves))
+        row_state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), before)
+        return dataclasses.replace(steps, result=ResultLayout(drawn.leaves), row_state=row_state)
 
     @functools.cached_property
     def initial_seats(self) -> Seats:
         """Shapes of what the sampler keeps of all slots."""
         num_slots = self.forward.buckets.num_slots
-        _, state, _ = jax.eval_shape(self._try_out, *self._abstract_rows(num_slots))
+
+        def of_all(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((num_slots, *x.shape), x.dtype)
+
         table = jax.ShapeDtypeStruct((num_slots, self.layout.width), jnp.int32)
-        return Seats(table=table, state=state)
+        return Seats(table=table, state=jax.tree.map(of_all, self.row_state))
 
     def seat(self, seats: Seats, packed: Int[Array, " size"]) -> Seats:
         """Edits of the sampler's table alone."""

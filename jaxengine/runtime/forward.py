@@ -97,7 +97,7 @@ class Forward:
         num_tokens: int,
         num_pages: int,
         embeds: Embeds | None = None,
-    ) -> tuple[DeviceState, Float[Array, "R V"], Float[Array, "R D"], Hidden]:
+    ) -> tuple[DeviceState, Float[Array, "B V"], Float[Array, "B D"], Hidden]:
         """Runs packed chunks of several prompts.
 
         Args:
@@ -110,7 +110,8 @@ class Forward:
 
         Returns:
           The new state, in which rows that draw stand before their first token; logits and
-          hidden state of every row's last token; hidden states of all tokens.
+          hidden state of every row's last token, padded to `Buckets.split_rows`; hidden states of
+          all tokens.
         """
         plan = batch.prefill_packing(self.buckets, num_tokens).unpack(packed)
         state = self.edit(state, plan)
@@ -120,6 +121,7 @@ class Forward:
         state = dataclasses.replace(
             state, slots=self.layout.write(state.slots, drawing, cursor._asdict())
         )
+        last = jnp.pad(last, (0, self.buckets.split_size(len(last)) - len(last)))
         drawn_from = hidden.final[last]
         return state, self.model.bind(params).logits(drawn_from, self.ctx), drawn_from, hidden
 

@@ -1,5 +1,6 @@
 """Checkpoints to device arrays: tensor by tensor, Orbax, random; never a second host copy."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -103,12 +104,17 @@ def random_params(target: Params, seed: int = 0) -> Params:
     """
     rng = np.random.default_rng(seed)
     noise = 0.02 * rng.standard_normal(NOISE_LEN, np.float32)
+    # Rounding to bfloat16 is slow on a host, so it is done once.
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(target)}
+    blocks = {(dtype, mean): (mean + noise).astype(dtype) for dtype in dtypes for mean in (0, 1)}
 
     def leaf(shape: jax.ShapeDtypeStruct) -> jax.Array:
         is_norm = len(shape.shape) == 1
-        block = np.roll(1.0 + noise if is_norm else noise, rng.integers(NOISE_LEN))
-        host = np.resize(block.astype(shape.dtype), shape.shape)
-        return jax.device_put(host, shape.sharding)
+        size = math.prod(shape.shape)
+        start = rng.integers(max(1, NOISE_LEN - size))
+        block = blocks[shape.dtype, int(is_norm)][start:]
+        host = block[:size] if size <= len(block) else np.resize(block, size)
+        return jax.device_put(host.reshape(shape.shape), shape.sharding)
 
     return jax.tree.map(leaf, target)
 
@@ -149,7 +155,7 @@ def check_params(params: Params, target: Params) -> Params:
 def merge_named(
     tensors: Mapping[str, Any],
     parts: Mapping[str, WeightPart],
-    current: Params,
+    current: Params | None,
     target: Params,
     *,
     is_partial: bool,
@@ -159,7 +165,7 @@ def merge_named(
     Args:
       tensors: numpy or jax arrays, or whatever speaks DLPack.
       parts: Where each goes.
-      current: The parameters so far; only read.
+      current: The parameters so far; only read. None where all are given.
       target: Abstract parameters with shardings.
       is_partial: Names may be missing.
 
@@ -173,16 +179,28 @@ def merge_named(
     integers = [n for n, x in arrays.items() if not jnp.issubdtype(x.dtype, jnp.floating)]
     if integers:
         raise WeightsError(f"{headline} {len(integers)} are no floats: {', '.join(integers[:20])}.")
-    merged, wanted = _flatten(current), _flatten(target)
-    key_of = {".".join(map(str, key)): key for key in wanted}
-    for name in arrays.keys() & parts.keys():
-        path, start, _ = parts[name]
-        key = key_of[path]
-        leaf, piece = wanted[key], jnp.asarray(arrays[name], wanted[key].dtype)
-        if piece.shape != leaf.shape:
-            piece = merged[key].at[start : start + piece.shape[0]].set(piece)
-        merged[key] = jax.device_put(piece, leaf.sharding)
+    merged: dict[tuple[Any, ...], Any] = {} if current is None else _flatten(current)
+    for key, leaf in _flatten(target).items():
+        path = ".".join(map(str, key))
+        names = [name for name in arrays.keys() & parts.keys() if parts[name].path == path]
+        names.sort(key=lambda name: parts[name].start)
+        pieces = [(parts[name].start, arrays[name].astype(leaf.dtype)) for name in names]
+        if sum(len(piece) for _, piece in pieces) == leaf.shape[0]:
+            new = _joined([piece for _, piece in pieces])
+        else:
+            new = merged[key]
+            for start, piece in pieces:
+                new = new.at[start : start + len(piece)].set(piece)
+        merged[key] = jax.device_put(new, leaf.sharding)
     return traverse_util.unflatten_dict(merged)
+
+
+def _joined(pieces: list[Any]) -> Any:
+    """On the host if they are there: joining on the device would compile for every shape."""
+    if len(pieces) == 1:
+        return pieces[0]
+    is_host = all(isinstance(piece, np.ndarray) for piece in pieces)
+    return (np if is_host else jnp).concatenate(pieces)
 
 
 def named(name: str, parts: Mapping[str, WeightPart], params: Params) -> jax.Array | None:

@@ -21,7 +21,7 @@ from jaxengine.scheduler.sequence import Sequence, Status
 from jaxengine.scheduler.urgency import make_room
 from jaxengine.types import DRAW_ERRORS, HIDDEN, SequenceRequest, SequenceUpdate, StopReason
 
-MAX_PREFILLS_IN_A_ROW = 16
+MAX_PREFILLS_IN_A_ROW = 32
 """After so many a window runs, so that prompts that never cease starve nobody who decodes."""
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -86,6 +87,19 @@ def stops_in(token_ids: list[int], tokenizer: Any) -> dict[int, str]:
     }
 
 
+def test_preempted_and_computed_anew_they_are_reported_once(engine: Any):
+    """Texts of 129 and 153 tokens in a pool of 240."""
+    prompts = tiny.prompts_of(9, 33, seed=6)
+    outputs = engine.generate(
+        input_ids=prompts,
+        sampling_params={**GREEDY, "max_new_tokens": 120},
+        return_hidden_states=True,
+    )
+    assert sum(o["meta_info"]["num_retractions"] for o in outputs) > 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert_all_states(prompt, output)
+
+
 @pytest.mark.parametrize("which", [True, "last"])
 def test_with_a_stop_string(engine: Any, tokenizer: Any, which: Any):
     """The text ends at one place of a window after the other: its last state is there, too."""
@@ -146,7 +160,7 @@ def test_with_a_sampler_of_the_calls_own(engine: Any):
     output = engine.generate(
         input_ids=OTHER,
         sampling_params={**GREEDY, "max_new_tokens": 10},
-        sampler=lambda logits, ctx: logits.argmax(-1),
+        sampler=lambda logits, ctx: jnp.argmax(logits, -1),
         return_hidden_states=True,
     )
     tiny.assert_greedy(OTHER, output["output_ids"])
