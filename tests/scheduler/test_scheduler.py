@@ -7,6 +7,7 @@ import pytest
 
 from jaxengine.scheduler.decode import STREAM_WINDOW_STEPS
 from jaxengine.scheduler.plan import DecodePlan, PrefillPlan
+from jaxengine.scheduler.prefill import STREAM_CHUNK_TOKENS
 from jaxengine.scheduler.scheduler import MAX_PREFILLS_IN_A_ROW
 from jaxengine.scheduler.sequence import Sequence
 from jaxengine.types import SequenceRequest, StopReason
@@ -114,6 +115,26 @@ def test_prompts_do_not_stall_a_stream():
     driver.add(*(make_request(i, 60, 1) for i in range(1, 5)))
     driver.run()
     assert "pp" not in kinds(driver)
+
+
+def test_gap_of_a_stream_is_at_most_a_window_and_a_chunk():
+    """However long the prompts are that arrive, and however many."""
+    buckets = make_buckets(prefill_tokens=(64, 1024, 2048, 8192), pages_per_sequence=2100)
+    driver = Driver(buckets, num_pages=9000)
+    driver.add(make_request(0, 4, 300, is_streaming=True))
+    for _ in range(3):
+        driver.step()
+    before = len(driver.runner.plans)
+    driver.add(*(make_request(i, 7000, 20) for i in range(1, 5)))
+    while 0 not in driver.endings:
+        driver.step()
+    plans = driver.runner.plans[before:]
+    rounds = "".join("p" if isinstance(p, PrefillPlan) else "d" for p in plans).split("d")
+    assert max(map(len, rounds)) == 1
+    assert max(p.num_tokens for p in plans if isinstance(p, PrefillPlan)) == STREAM_CHUNK_TOKENS
+    steps = [p.num_steps for p in plans if isinstance(p, DecodePlan)]
+    assert max(steps) < 2 * STREAM_WINDOW_STEPS
+    driver.run()
 
 
 def test_prompts_come_first_when_nobody_streams():
