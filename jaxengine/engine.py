@@ -409,11 +409,11 @@ class Engine(SGLangNames):
             are computed anew afterwards. "abort": they end.
 
         Raises:
-          ValueError: For another mode.
+          RequestError: For another mode.
           EngineDeadError: After `shutdown`.
         """
         if mode not in ("in_place", "retract", "abort"):
-            raise ValueError(f"`mode` must be in_place, retract or abort, got {mode!r}.")
+            raise RequestError(f"`mode` must be in_place, retract or abort, got {mode!r}.")
         if mode == "abort":
             self.abort_all()
         self._worker.pause(keeps_pages=mode == "in_place")

@@ -120,27 +120,20 @@ class Submitter:
         outputs: list[tuple[SequenceRequest, Output]] = []
         for index, sample in enumerate(samples):
             request = parsed.requests[index // parsed.n]
-            params = request.params if isinstance(request, PromptRequest) else SamplingParams()
-            is_refused = isinstance(sample, Refused)
-            sequence = self._nothing(sample.rid, is_streaming) if is_refused else sample
-            output = SequenceOutput(
-                sequence,
+            make = functools.partial(
+                self._output,
                 channel,
-                index=index,
-                detokenizer=self._detokenizer(params),
-                has_stop_strings=bool(params.stop or params.stop_regex),
-                decode=decode,
-                weight_versions=self._weight_versions,
-                returns_errors=parsed.returns_errors,
-                hidden=None if is_refused else _collector(request, sample),
-                stream_interval=params.stream_interval or self._config.stream_interval,
-                has_prompt_ids=not is_refused and request.has_prompt_ids,
+                index,
+                decode,
+                request if isinstance(request, PromptRequest) else None,
+                parsed.returns_errors,
             )
-            if is_refused:
-                output.push(SequenceUpdate(sequence.seq_id, [], error=sample.error))
+            if isinstance(sample, Refused):
+                nothing = self._nothing(sample.rid, is_streaming)
+                make(nothing).push(SequenceUpdate(nothing.seq_id, [], error=sample.error))
             else:
-                queued[index] = sequence
-                outputs.append((sequence, output))
+                queued[index] = sample
+                outputs.append((sample, make(sample)))
         self._claim(queued.values())
         # Made before anything is queued: from here on whatever goes wrong, Ctrl-C too, aborts it.
         call = Call(
@@ -169,6 +162,30 @@ class Submitter:
                 for request in list(named.values())
             ]
         self._abort(requests)
+
+    def _output(
+        self,
+        channel: Channel,
+        index: int,
+        decode: Callable[[int], str] | None,
+        request: PromptRequest | None,
+        returns_errors: bool,
+        sample: SequenceRequest,
+    ) -> SequenceOutput:
+        params = SamplingParams() if request is None else request.params
+        return SequenceOutput(
+            sample,
+            channel,
+            index=index,
+            detokenizer=self._detokenizer(params),
+            has_stop_strings=bool(params.stop or params.stop_regex),
+            decode=decode,
+            weight_versions=self._weight_versions,
+            returns_errors=returns_errors,
+            hidden=None if request is None else _collector(request, sample),
+            stream_interval=params.stream_interval or self._config.stream_interval,
+            has_prompt_ids=request is not None and request.has_prompt_ids,
+        )
 
     def _nothing(self, rid: str, is_streaming: bool) -> SequenceRequest:
         """Stands for a request that is refused."""

@@ -79,6 +79,8 @@ class Worker:
         def finish() -> None:
             if self._core.finish(update.seq_id):
                 self._updates.put([update])
+            elif self._held:
+                self._held.append(finish)  # it may be among those that wait to be added
 
         self._inbox.put(finish)
 

@@ -119,13 +119,13 @@ def test_prompts_do_not_stall_a_stream():
 
 def test_gap_of_a_stream_is_at_most_a_window_and_a_chunk():
     """However long the prompts are that arrive, and however many."""
-    buckets = make_buckets(prefill_tokens=(64, 1024, 2048, 8192), pages_per_sequence=2100)
-    driver = Driver(buckets, num_pages=9000)
-    driver.add(make_request(0, 4, 300, is_streaming=True))
+    sizes = (64, 1024, 2048, 8192)
+    driver = Driver(make_buckets(prefill_tokens=sizes, page_size=64), num_pages=600)
+    driver.add(make_request(0, 4, 80, is_streaming=True))
     for _ in range(3):
         driver.step()
     before = len(driver.runner.plans)
-    driver.add(*(make_request(i, 7000, 20) for i in range(1, 5)))
+    driver.add(*(make_request(i, 5000, 20) for i in range(1, 3)))
     while 0 not in driver.endings:
         driver.step()
     plans = driver.runner.plans[before:]
