@@ -19,6 +19,7 @@ from jaxengine.sampling.logprobs import (
     no_listed_logprobs,
     no_token_logprobs,
     token_logprob,
+    token_logprobs,
 )
 from jaxengine.sampling.transforms import (
     Drawn,
@@ -315,11 +316,9 @@ def _logprobs(
     """
 
     def of_token(_: None) -> dict[str, Array]:
-        return {
-            "logprob": token_logprob(unfiltered(logits), token),
-            "raw_logprob": token_logprob(logits, token),
-            "processed_logprob": token_logprob(processed, token),
-        }
+        names = ("logprob", "raw_logprob", "processed_logprob")
+        found = token_logprobs(token, unfiltered(logits), logits, processed)
+        return dict(zip(names, found, strict=True))
 
     def of_lists(_: None) -> dict[str, Array]:
         return listed_logprobs(unfiltered(logits), wants)
