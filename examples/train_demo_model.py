@@ -2,7 +2,7 @@
 
     python examples/train_demo_model.py --data shakespeare.txt --out demo
 
-One process does it all: a byte-level BPE tokenizer, training of jaxengine's own `Qwen2` module with
+One process does it all: a byte-level BPE tokenizer, training of jaxengine's own Qwen2 with
 a dense attention in place of the paged one, the held-out loss, a Hugging Face folder, and text from
 `jaxengine.Engine` over the parameters in memory. The last tenth of the text is never seen: not by
 the tokenizer, not in training, not in the choice of the checkpoint. On a GPU this takes a minute or
@@ -48,7 +48,7 @@ from tokenizers import (
 
 from jaxengine.models import MODELS
 from jaxengine.models.family import BoundModel, Params
-from jaxengine.nn.attention import Attend, ForwardContext
+from jaxengine.nn.attention import ForwardContext, dense_attention
 from jaxengine.nn.layers import Linear
 
 CONTEXT_LENGTH = 1024
@@ -227,24 +227,6 @@ class LinearWithDropout(nnx.Module):
 def drop(x: Float[Array, "..."], key: PRNGKeyArray, rate: float) -> Float[Array, "..."]:
     """Zeroes a share `rate` of the values and scales the others to keep the mean."""
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
-
-
-def dense_attention(num_rows: int) -> Attend:
-    """Causal attention over `num_rows` packed rows of equal length, with a gradient, no cache."""
-
-    def attend(
-        q: Float[Array, "T N H"],
-        k: Float[Array, "T K H"],
-        v: Float[Array, "T K H"],
-        kv_pages: Any,
-        meta: None,
-        ctx: ForwardContext,
-    ) -> tuple[Float[Array, "T N H"], Any]:
-        q_BSNH, k_BSKH, v_BSKH = (x.reshape(num_rows, -1, *x.shape[1:]) for x in (q, k, v))
-        out = jax.nn.dot_product_attention(q_BSNH, k_BSKH, v_BSKH, is_causal=True)
-        return out.reshape(q.shape), kv_pages
-
-    return attend
 
 
 def token_losses(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxengine import errors, sampling
     from jaxengine.config import EngineConfig
+    from jaxengine.display import show
     from jaxengine.engine import Engine
     from jaxengine.params import SamplingParams
     from jaxengine.utils import async_stream_and_merge, stream_and_merge
@@ -24,6 +25,7 @@ __all__ = [
     "async_stream_and_merge",
     "errors",
     "sampling",
+    "show",
     "stream_and_merge",
 ]
 
@@ -37,6 +39,7 @@ _MODULE_OF = {
     "EngineConfig": "config",
     "SamplingParams": "params",
     "async_stream_and_merge": "utils",
+    "show": "display",
     "stream_and_merge": "utils",
 }
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -15,23 +14,21 @@ import jax.numpy as jnp
 
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.core import EngineCore
-from jaxengine.errors import CapacityError, ConfigError, UnsupportedModelError
+from jaxengine.errors import CapacityError, ConfigError
+from jaxengine.gguf_file import is_gguf
+from jaxengine.locate import locate, read_model_config
 from jaxengine.log import logger
 from jaxengine.models import MODELS
 from jaxengine.models.family import BoundModel, Family, Params
 from jaxengine.nn.attention import ForwardContext
 from jaxengine.runtime import weights
+from jaxengine.runtime.checkpoints import open_checkpoint
+from jaxengine.runtime.executables import ExecutableCache, default_cache_dir, fingerprint
 from jaxengine.runtime.forward import Forward
 from jaxengine.runtime.kv_cache import max_num_pages
-from jaxengine.runtime.programs import (
-    IDLE,
-    ExecutableCache,
-    ProgramKey,
-    Programs,
-    default_cache_dir,
-    fingerprint,
-)
-from jaxengine.runtime.runner import ProgramFactory, Runner
+from jaxengine.runtime.program_factory import ProgramFactory
+from jaxengine.runtime.programs import IDLE, ProgramKey, Programs
+from jaxengine.runtime.runner import Runner
 from jaxengine.runtime.samplers import Samplers
 from jaxengine.runtime.sharding import make_mesh
 from jaxengine.runtime.slots import sampler_layout, slot_layout
@@ -43,8 +40,11 @@ from jaxengine.scheduler.page_pool import PagePool
 from jaxengine.scheduler.scheduler import Scheduler
 
 GPU_PREFILL, CPU_PREFILL = (64, 256, 1024, 2048, 4096), (32,)
-GPU_DECODE, CPU_DECODE = (1, 4, 16, 32, 64, 128, 192), (1, 4)
+GPU_DECODE, CPU_DECODE = (1, 16, 32, 64, 128, 192, 256), (1, 4, 8)
 """Buckets below the largest, which is the chunk size or the number of slots."""
+
+LARGE_GPU_BYTES = 60 << 30
+"""From so much memory on there are slots, and logits, for 512 sequences; below, for 256."""
 
 CPU_KV_BYTES = 512 << 20
 """KV pages on a CPU unless `max_total_tokens` says otherwise."""
@@ -75,84 +75,6 @@ class Built:
     seconds: Mapping[str, float]
 
 
-def resolve_folder(config: EngineConfig) -> Path:
-    """The checkpoint's folder: a local one, or a snapshot in the hub's cache.
-
-    Raises:
-      ConfigError: Says what was looked for, and where.
-    """
-    path = Path(config.model_path).expanduser()
-    if path.is_dir():
-        return path
-    if not config.model_path or path.is_absolute() or config.model_path.startswith("."):
-        raise ConfigError(
-            f"`model_path` {config.model_path!r} is not a folder. "
-            "Pass a checkpoint folder, a hub id, or jaxengine.DEMO_MODEL."
-        )
-    from huggingface_hub import constants, snapshot_download
-
-    cache = config.download_dir or constants.HF_HUB_CACHE
-    cached = _cached_snapshot(Path(cache), config.model_path, config.revision)
-    if cached is not None:
-        return cached
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    try:
-        return Path(
-            snapshot_download(
-                config.model_path,
-                revision=config.revision,
-                cache_dir=config.download_dir,
-                allow_patterns=patterns,
-            )
-        )
-    except Exception as error:
-        raise ConfigError(
-            f"`model_path` {config.model_path!r} is neither a folder nor in the hub cache {cache} "
-            f"(looked for models--{config.model_path.replace('/', '--')} in any letter case), and "
-            f"downloading it failed: {type(error).__name__}. Check the name and the network, or "
-            "pass a local folder."
-        ) from error
-
-
-def _cached_snapshot(cache: Path, model_id: str, revision: str | None) -> Path | None:
-    """A complete snapshot of the id in the hub's cache, whatever the letter case of the id."""
-    wanted = f"models--{model_id.replace('/', '--')}".lower()
-    folders = [f for f in cache.glob("models--*") if f.name.lower() == wanted]
-    for folder in folders:
-        ref = folder / "refs" / (revision or "main")
-        commit = ref.read_text().strip() if ref.exists() else revision or ""
-        snapshot = folder / "snapshots" / commit
-        if commit and (snapshot / "config.json").exists():
-            return snapshot
-    return None
-
-
-def read_model_config(folder: Path) -> ModelConfig:
-    """`config.json`, with the EOS ids of `generation_config.json` added.
-
-    Raises:
-      UnsupportedModelError: Names the architecture or field that is not supported.
-    """
-    file = folder / "config.json"
-    if not file.exists():
-        raise ConfigError(f"{folder} has no config.json, so it is not a checkpoint folder.")
-    raw = json.loads(file.read_text())
-    architecture = (raw.get("architectures") or ["(none)"])[0]
-    if architecture not in MODELS:
-        raise UnsupportedModelError(
-            f"`architectures` of {folder} is {architecture!r}; supported: {', '.join(MODELS)}."
-        )
-    config = MODELS[architecture].parse_config(raw)
-    generation = folder / "generation_config.json"
-    if generation.exists():
-        eos = json.loads(generation.read_text()).get("eos_token_id")
-        more = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-        config = dataclasses.replace(
-            config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more)))
-        )
-    return config
-
-
 def build(
     config: EngineConfig,
     sampler: Sampler,
@@ -174,7 +96,7 @@ def build(
     clock = functools.partial(_timed, seconds)
     with clock("plan"):
         if model_config is None:
-            model_config = read_model_config(resolve_folder(config))
+            model_config = read_model_config(locate(config), config.model_overrides)
         device = jax.devices()[0]
         mesh = make_mesh([device])
         family = MODELS[model_config.architecture]
@@ -193,6 +115,7 @@ def build(
             buckets=limits.buckets,
             ctx=ForwardContext(mesh=mesh),
             num_top=config.max_top_logprobs,
+            layers=_hidden_layers(config, model_config),
         )
         samplers = Samplers(forward, sampler)
         factory = ProgramFactory(forward, target, mesh, limits.num_pages, dtype)
@@ -200,7 +123,12 @@ def build(
         # The cache's keys cover this package's source, not that of a sampler from outside.
         specs = factory.fused(own, is_cached=are_equal(sampler, default_sampler()))
         specs |= factory.admit()
-        shapes = (layout.describe(), own.layout.describe(), own.result.describe())
+        shapes = (
+            layout.describe(),
+            own.layout.describe(),
+            own.result.describe(),
+            forward.layers,
+        )
         cache = _executable_cache(config, model_config, limits, shapes)
     logger.info("resolved configuration:\n%s", config.describe())
     # Compiling needs shapes only, so it overlaps with loading the weights.
@@ -213,7 +141,7 @@ def build(
             if params is not None:
                 arrays = weights.check_params(params, target)
             else:
-                arrays = _load_params(config, family, model_config, target, progress)
+                arrays = load_params(config, family, model_config, target, progress)
         runner = Runner(factory, arrays, samplers, programs)
     except BaseException:
         programs.stop()
@@ -222,20 +150,45 @@ def build(
         limits.buckets,
         PagePool(limits.num_pages),
         lambda key: programs.is_ready(ProgramKey(*key)),
+        has_prefix_cache=not config.disable_radix_cache,
     )
     core = EngineCore(scheduler, runner)
     return Built(core, runner, programs, samplers, model_config, config, limits, seconds)
 
 
-def _load_params(
+def _hidden_layers(config: EngineConfig, model: ModelConfig) -> tuple[int, ...]:
+    layers = config.hidden_layers or ()
+    if not all(0 <= i <= model.num_layers for i in layers):
+        raise ConfigError(
+            f"`hidden_layers` must be in [0, {model.num_layers}], got {layers}; "
+            f"{model.num_layers} is after the final norm."
+        )
+    return tuple(layers)
+
+
+def load_params(
     config: EngineConfig, family: Family, model: ModelConfig, target: Params, progress: bool
 ) -> Params:
+    """The arrays of the checkpoint at `config.model_path`, on the device.
+
+    Raises:
+      WeightsError: For tensors that do not fit.
+      ConfigError: If there is no checkpoint.
+    """
     if config.load_format == "dummy":
         return weights.random_params(target)
-    folder = resolve_folder(config)
-    if (folder / weights.ORBAX_FOLDER).exists() and config.load_format != "safetensors":
-        return weights.load_orbax(folder, target)
-    return weights.load_safetensors(folder, family.weight_parts(model), target, progress=progress)
+    path = locate(config)
+    if (path / weights.ORBAX_FOLDER).exists() and config.load_format != "safetensors":
+        return weights.load_orbax(path, target)
+    return _load_checkpoint(path, family, model, target, progress=progress)
+
+
+def _load_checkpoint(
+    path: Path, family: Family, model: ModelConfig, target: Params, *, progress: bool
+) -> Params:
+    parts = family.weight_parts(model)
+    checkpoint = open_checkpoint(path, parts.keys())
+    return weights.load_checkpoint(checkpoint, parts, target, progress=progress)
 
 
 def convert(source: str, target: Path) -> None:
@@ -250,13 +203,14 @@ def convert(source: str, target: Path) -> None:
     """
     if target.exists():
         raise ConfigError(f"{target} exists already; name a new folder.")
-    folder = resolve_folder(EngineConfig(model_path=source))
+    folder = locate(EngineConfig(model_path=source))
+    if is_gguf(folder):
+        raise ConfigError(f"{source} is a GGUF file; a checkpoint folder is converted.")
     model_config = read_model_config(folder)
     family = MODELS[model_config.architecture]
     model = BoundModel(family, model_config, jnp.dtype(model_config.dtype))
     shapes = weights.place(model, make_mesh(jax.devices()[:1]))
-    parts = family.weight_parts(model_config)
-    params = weights.load_safetensors(folder, parts, shapes, progress=True)
+    params = _load_checkpoint(folder, family, model_config, shapes, progress=True)
     weights.save_orbax(params, target)
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".jinja", ".txt", ".model") and "index" not in file.name:
@@ -325,25 +279,24 @@ def settle(
 
     Raises:
       ConfigError: If `context_length` exceeds the model's.
-      CapacityError: If no memory is left for KV pages.
+      CapacityError: If the model does not fit.
     """
     is_gpu = device.platform == "gpu"
     dtype = _dtype(config, model, device)
     context = _context_length(config, model)
     pages_per_sequence = -(-context // config.page_size)
-    slots = config.max_running_requests or (256 if is_gpu else 16)
+    slots = config.max_running_requests or _default_slots(device)
     chunk = config.chunked_prefill_size or (8192 if is_gpu else 256)
     chunk = context if chunk == -1 else min(chunk, context)
     chunk = -(-chunk // config.page_size) * config.page_size
     prefill = config.prefill_buckets or (GPU_PREFILL if is_gpu else CPU_PREFILL)
     decode = config.decode_buckets or (GPU_DECODE if is_gpu else CPU_DECODE)
+    per_slot = 4 * slot_width + jnp.dtype(COUNT_DTYPE).itemsize * model.vocab_size
+    needs = {"the weights": weight_bytes, f"{slots} sequences' state": slots * per_slot}
+    least = 1 + min(chunk, context) // config.page_size
     page_bytes = config.page_size * model.kv_bytes_per_token[dtype]
-    if config.max_total_tokens is not None:
-        num_pages = 1 + -(-config.max_total_tokens // config.page_size)
-    else:
-        per_slot = 4 * slot_width + jnp.dtype(COUNT_DTYPE).itemsize * model.vocab_size
-        num_pages = _pages_in_memory(config, page_bytes, weight_bytes + slots * per_slot, device)
-        num_pages = min(num_pages, max_num_pages(model, config.page_size))
+    num_pages = _pages_in_memory(config, page_bytes, least, needs, device)
+    num_pages = min(num_pages, max_num_pages(model, config.page_size))
     return Limits(
         dtype=dtype,
         context_length=context,
@@ -351,10 +304,7 @@ def settle(
         buckets=Buckets(
             decode_rows=(*(b for b in decode if b < slots), slots),
             prefill_tokens=(*(t for t in prefill if t < chunk), chunk),
-            # Plain XLA gathers every page of the bucket, so short sequences get a small one.
-            num_pages=(pages_per_sequence,)
-            if is_gpu
-            else tuple(sorted({-(-pages_per_sequence // 4), pages_per_sequence})),
+            num_pages=(pages_per_sequence,),
             num_slots=slots,
             page_size=config.page_size,
             max_window_steps=config.max_window_steps,
@@ -362,20 +312,53 @@ def settle(
     )
 
 
-def _pages_in_memory(config: EngineConfig, page_bytes: int, other_bytes: int, device: Any) -> int:
+def _pages_in_memory(
+    config: EngineConfig, page_bytes: int, least: int, needs: dict[str, int], device: Any
+) -> int:
+    """KV pages: as many as `max_total_tokens` says, else as many as fit.
+
+    Args:
+      config: Settings.
+      page_bytes: Bytes of a page.
+      least: Pages without which an engine is of no use: those of one prefill call.
+      needs: Bytes of everything else that will be allocated, by name.
+      device: Where all will be.
+
+    Raises:
+      CapacityError: Says what needs how much, how much there is, and what to do.
+    """
+    asked = config.max_total_tokens and 1 + -(-config.max_total_tokens // config.page_size)
     memory = device.memory_stats() or {}
-    free = CPU_KV_BYTES
-    if "bytes_limit" in memory:
-        free = int(memory["bytes_limit"] * config.mem_fraction_static)
-        free -= memory["bytes_in_use"] + other_bytes
-    pages = _round_down(free // page_bytes)
-    if pages < 2:
-        raise CapacityError(
-            f"No memory is left for KV pages: {free / 1e9:.2f} GB free of "
-            f"{memory.get('bytes_limit', 0) / 1e9:.2f} GB after the weights, and a page takes "
-            f"{page_bytes / 1e6:.2f} MB. Raise `mem_fraction_static` or use a smaller model."
-        )
-    return pages
+    if "bytes_limit" not in memory:
+        return asked or max(2, _round_down(CPU_KV_BYTES // page_bytes))
+    # What is asked for by number may take the rest of the memory, too.
+    share = 1.0 if asked else config.mem_fraction_static
+    limit, in_use = memory["bytes_limit"], memory["bytes_in_use"]
+    there = int(limit * share) - in_use
+    room = max(0, there - sum(needs.values())) // page_bytes
+    if room >= (asked or least):
+        return asked or _round_down(room)
+    pages = asked or least
+    needs = needs | {f"KV pages of {(pages - 1) * config.page_size:,} tokens": pages * page_bytes}
+    parts = ", ".join(f"{_gb(size)} for {name}" for name, size in needs.items())
+    remedy = "lower `max_total_tokens`" if asked else "raise `mem_fraction_static`"
+    raise CapacityError(
+        f"{_gb(sum(needs.values()))} are needed ({parts}), and there are {_gb(there)}: {share:.0%} "
+        f"of the {_gb(limit)} that JAX may use, less {_gb(in_use)} in use. Use a smaller model or "
+        f"a larger GPU, {remedy}, or, where the GPU has more memory, set "
+        "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 before JAX starts."
+    )
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
+
+
+def _default_slots(device: Any) -> int:
+    if device.platform != "gpu":
+        return 16
+    memory = device.memory_stats() or {}
+    return 512 if memory.get("bytes_limit", 0) >= LARGE_GPU_BYTES else 256
 
 
 def _round_down(pages: int) -> int:

@@ -40,10 +40,29 @@ class Call:
         self._running = dict(enumerate(samples))
         self._is_single = is_single
 
-    def collect(self) -> Output | list[Output]:
-        """Waits for every sample's final output."""
+    @property
+    def num_samples(self) -> int:
+        """How many final outputs it brings."""
+        return len(self._samples)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether `collect` of a call that is not streamed would not wait."""
+        return len(self._channel) >= len(self._samples)
+
+    def watch(self, on_output: Callable[[], object]) -> None:
+        """Has a function called, in any thread, for every output: it must not wait."""
+        self._channel.watch(on_output)
+
+    def collect(self, on_output: Callable[[Output], object] | None = None) -> Any:
+        """Waits for every sample's final output; `on_output` sees each as it comes."""
+        items = []
         try:
-            return self._arrange([self._take(self._channel.get()) for _ in self._samples])
+            for _ in self._samples:
+                items.append(self._take(self._channel.get()))
+                if on_output is not None:
+                    on_output(items[-1][1])
+            return self._arrange(items)
         finally:
             self.close()
 
@@ -105,7 +124,9 @@ class Call:
 
     def _label(self, item: tuple[int, Output]) -> Output:
         index, output = item
-        return output if self._is_single else {**output, "index": index}
+        if not self._is_single:
+            output["index"] = index
+        return output
 
     def _arrange(self, items: list[tuple[int, Output]]) -> Output | list[Output]:
         ordered = [output for _, output in sorted(items, key=lambda item: item[0])]

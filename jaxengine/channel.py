@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 
@@ -13,6 +14,21 @@ class Channel:
         self._items: deque[Any] = deque()
         self._condition = threading.Condition()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future] | None = None
+        self._on_put: Callable[[], object] | None = None
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def watch(self, on_put: Callable[[], object]) -> None:
+        """Has a function called for every item, those already here included.
+
+        It is called in the writer's thread, or in this one, and must not wait.
+        """
+        with self._condition:
+            self._on_put = on_put
+            num_here = len(self._items)
+        for _ in range(num_here):
+            on_put()
 
     def put(self, item: Any) -> None:
         """Adds an item and wakes the reader."""
@@ -20,6 +36,9 @@ class Channel:
             self._items.append(item)
             self._condition.notify()
             waiter, self._waiter = self._waiter, None
+            on_put = self._on_put
+        if on_put is not None:
+            on_put()
         if waiter is not None:
             loop, future = waiter
             try:

@@ -4,18 +4,45 @@ Both are frozen; a change is `dataclasses.replace`. Functions are never config.
 """
 
 import dataclasses
-import difflib
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxengine.compat import IGNORED_ARGUMENTS, KNOWN_ARGUMENTS, REFUSED_ARGUMENTS
+from jaxengine.compat import ENGINE_ARGUMENTS, nearest
 from jaxengine.errors import ConfigError
 from jaxengine.log import logger
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are changed for contexts longer than those of the pre-training.
+
+    Attributes:
+      kind: "linear" slows all of them; "llama3" and "yarn" slow the slow ones.
+      factor: By how much; at least 1.
+      original_context_len: Of the pre-training, in tokens.
+      low_freq_factor: llama3: slowed in full below this many turns in the original context.
+      high_freq_factor: llama3: left alone above this many.
+      beta_fast: yarn: left alone above this many turns in the original context.
+      beta_slow: yarn: slowed in full below this many.
+      truncate: yarn: both ends are rounded outwards to whole pairs of dimensions.
+      attention_factor: Times cosines and sines.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_context_len: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +61,11 @@ class ModelConfig:
       rms_norm_eps: Epsilon of the norms.
       rope_theta: Base of the rotary frequencies.
       tie_word_embeddings: The output projection is the embedding.
-      max_position_embeddings: Longest sequence the model was made for, in tokens.
+      max_position_embeddings: Longest sequence the model was made for, in tokens, with
+        `rope_scaling`; no longer than its attention window where it has one.
+      rope_scaling: Change of the rotary frequencies; None for none.
+      qkv_bias: The query, key and value projections have biases.
+      qk_norm: Query and key heads are normalised before they are rotated.
       dtype: The checkpoint's own dtype.
       eos_token_ids: Ids that end a text, from the config and the generation config.
     """
@@ -51,6 +82,9 @@ class ModelConfig:
     rope_theta: float
     tie_word_embeddings: bool
     max_position_embeddings: int
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
     dtype: DTypeName = "bfloat16"
     eos_token_ids: tuple[int, ...] = ()
 
@@ -76,7 +110,10 @@ class EngineConfig:
       model_path: Folder of a checkpoint, or a hub id.
       tokenizer_path: Folder or hub id of the tokenizer; the model's when None.
       skip_tokenizer_init: Ids in, ids out; no tokenizer is loaded.
-      load_format: "auto" (safetensors, or Orbax where the folder holds one) or "dummy" (random).
+      load_format: "auto" (safetensors, Orbax where the folder holds one, or a GGUF file),
+        "safetensors", "orbax", "gguf", or "dummy" (random).
+      json_model_override_args: Fields in place of `config.json`'s own, a dict or its JSON; a dict
+        merges into one that is there: {"rope_scaling": {"type": "yarn", "factor": 4.0}}.
       dtype: Weights and activations; "auto" is the checkpoint's on a GPU and float32 on a CPU.
       context_length: Longest prompt plus output, in tokens; the model's own when None.
       mem_fraction_static: Share of the device memory for weights and KV pages, in (0, 1).
@@ -87,9 +124,21 @@ class EngineConfig:
       max_window_steps: Longest decode window, in steps.
       decode_buckets: Batch sizes decode windows are compiled for, ascending; chosen when None.
       prefill_buckets: Packed prefill lengths in tokens, ascending; chosen when None.
+      disable_radix_cache: Texts that begin alike share no pages.
       max_top_logprobs: Most `top_logprobs_num` a request may ask for.
+      hidden_layers: Layers whose hidden states `return_hidden_states` gives, counted as in
+        transformers: 0 is the embeddings, i what comes out of layer i, `num_layers` that after the
+        final norm. None is this last one alone, with no axis for layers.
+      stream_interval: Tokens between two outputs of a stream, at least; the first comes at once.
       random_seed: Seed from which requests without one draw theirs; fresh when None.
+      preferred_sampling_params: Sampling parameters under those of a request, a dict or its JSON.
+      sampling_defaults: "openai", SGLang's own defaults, which are what `sgl.Engine` uses whatever
+        this says; "model" takes those of `generation_config.json` where it has some.
+      chat_template: A Jinja template or the file of one, in place of the tokenizer's.
+      hf_chat_template_name: Which of the tokenizer's templates, where it has several.
+      allow_auto_truncate: Prompts that are too long lose their end instead of being refused.
       served_model_name: Name in outputs; `model_path` when None.
+      weight_version: In `meta_info["weight_version"]` of outputs, until the weights are updated.
       trust_remote_code: Passed to transformers for the tokenizer.
       revision: Hub revision.
       download_dir: Hub cache folder.
@@ -103,6 +152,7 @@ class EngineConfig:
     tokenizer_path: str | None = None
     skip_tokenizer_init: bool = False
     load_format: str = "auto"
+    json_model_override_args: str | Mapping[str, Any] = "{}"
     dtype: str = "auto"
     context_length: int | None = None
     mem_fraction_static: float = 0.85
@@ -113,9 +163,18 @@ class EngineConfig:
     max_window_steps: int = 32
     decode_buckets: tuple[int, ...] | None = None
     prefill_buckets: tuple[int, ...] | None = None
+    disable_radix_cache: bool = False
     max_top_logprobs: int = 20
+    hidden_layers: tuple[int, ...] | None = None
+    stream_interval: int = 1
     random_seed: int | None = None
+    preferred_sampling_params: str | Mapping[str, Any] | None = None
+    sampling_defaults: str = "openai"
+    chat_template: str | None = None
+    hf_chat_template_name: str | None = None
+    allow_auto_truncate: bool = False
     served_model_name: str | None = None
+    weight_version: str = "default"
     trust_remote_code: bool = False
     revision: str | None = None
     download_dir: str | None = None
@@ -127,7 +186,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16", "half"))
-        _check_choice("load_format", self.load_format, ("auto", "safetensors", "orbax", "dummy"))
+        formats = ("auto", "safetensors", "orbax", "gguf", "dummy")
+        _check_choice("load_format", self.load_format, formats)
+        _check_choice("sampling_defaults", self.sampling_defaults, ("openai", "model"))
+        _json_object("json_model_override_args", self.json_model_override_args)
+        _json_object("preferred_sampling_params", self.preferred_sampling_params or {})
         for name in (
             "context_length",
             "max_running_requests",
@@ -135,6 +198,7 @@ class EngineConfig:
             "page_size",
             "max_window_steps",
             "max_top_logprobs",
+            "stream_interval",
         ):
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):
@@ -154,46 +218,78 @@ class EngineConfig:
             if value is not None and (not value or list(value) != sorted({*value} - {0})):
                 raise ConfigError(f"`{name}` must be ascending positive sizes, got {value}.")
 
+    @property
+    def model_overrides(self) -> dict[str, Any]:
+        """`json_model_override_args` as a dict."""
+        return _json_object("json_model_override_args", self.json_model_override_args)
+
+    @property
+    def preferred_params(self) -> dict[str, Any]:
+        """`preferred_sampling_params` as a dict."""
+        return _json_object("preferred_sampling_params", self.preferred_sampling_params or {})
+
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> "EngineConfig":
         """Builds the config from `Engine(...)` keywords.
 
-        Names of SGLang that mean nothing here are ignored with one warning each.
+        Names of SGLang go through the table of `jaxengine.compat`: those that mean nothing here are
+        ignored with one warning each.
 
         Raises:
           TypeError: For a name nobody knows, with the nearest one.
-          ConfigError: For a value out of range.
+          ConfigError: For a value out of range, or a name that is refused.
         """
         fields = {f.name for f in dataclasses.fields(cls) if f.name != "ignored"}
-        ours: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in kwargs.items()
-            if name in fields
-        }
-        ignored = tuple(name for name in kwargs if name not in fields)
-        for name in ignored:
-            if name in IGNORED_ARGUMENTS:
-                logger.warning("`%s` has no meaning in jaxengine and is ignored.", name)
-            elif name in REFUSED_ARGUMENTS and kwargs[name] not in (None, False, 1, (), [], {}):
-                raise ConfigError(f"`{name}` is not supported by jaxengine yet; leave it out.")
-            elif name in KNOWN_ARGUMENTS:
-                logger.warning("`%s` is an SGLang argument jaxengine does not have yet.", name)
+        ours: dict[str, Any] = {}
+        ignored = []
+        for name, value in kwargs.items():
+            known = ENGINE_ARGUMENTS.get(name)
+            if name in fields:
+                _set_once(ours, name, value)
+            elif known is None:
+                near = nearest(name, fields | ENGINE_ARGUMENTS.keys())
+                raise TypeError(f"Engine() got an unexpected keyword argument `{name}`{near}")
+            elif known.fate == "mapped":
+                _set_once(ours, known.target, value)
+            elif known.fate == "refused" and known.is_asked_for(value):
+                raise ConfigError(f"`{name}` is not supported: {known.why}. Leave it out.")
             else:
-                near = difflib.get_close_matches(name, fields | KNOWN_ARGUMENTS, n=1)
-                hint = f"; did you mean `{near[0]}`?" if near else "."
-                raise TypeError(f"Engine() got an unexpected keyword argument `{name}`{hint}")
-        return cls(**ours, ignored=ignored)
+                ignored.append(name)
+                if known.fate == "ignored":
+                    logger.warning("`%s` is ignored: %s.", name, known.why)
+        return cls(**ours, ignored=tuple(ignored))
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "EngineConfig":
         """Reads a preset of `configs/`: one file, one EngineConfig."""
         return cls.from_kwargs(tomllib.loads(Path(path).read_text()))
 
+    def settings(self) -> dict[str, Any]:
+        """What `from_kwargs` would build this config from."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.repr}
+
     def describe(self) -> str:
         """The resolved settings as one readable block, a line each."""
-        rows = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.repr]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"  {name:<{width}} = {value}" for name, value in rows)
+        rows = self.settings()
+        width = max(map(len, rows))
+        return "\n".join(f"  {name:<{width}} = {value}" for name, value in rows.items())
+
+
+def _set_once(ours: dict[str, Any], name: str, value: Any) -> None:
+    value = tuple(value) if isinstance(value, list) else value
+    if name in ours and ours[name] != value:
+        raise ConfigError(f"`{name}` is given under two names, as {ours[name]!r} and {value!r}.")
+    ours[name] = value
+
+
+def _json_object(name: str, value: object) -> dict[str, Any]:
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"`{name}` is no JSON: {error}.") from error
+    if not isinstance(parsed, Mapping):
+        raise ConfigError(f"`{name}` must be a dict or a JSON object, got {value!r}.")
+    return dict(parsed)
 
 
 def _is_int(value: object) -> bool:

@@ -51,14 +51,27 @@ class EngineCore:
         self._in_flight: deque[Handle] = deque()
         self._deadlines: list[tuple[float, int, float]] = []
         self._is_paused = False
+        self._is_asleep = False
         self._has_device_state = True
-        self.seconds = {"schedule": 0.0, "dispatch": 0.0, "wait": 0.0}
+        self.seconds = {"schedule": 0.0, "dispatch": 0.0, "wait": 0.0, "text": 0.0}
         self.num_reads = 0
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything, deadlines apart."""
-        return bool(self._in_flight) or (self.scheduler.has_work and not self._is_paused)
+        is_stopped = self._is_paused or self._is_asleep
+        return bool(self._in_flight) or (self.scheduler.has_work and not is_stopped)
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing is under way, and nobody unfinished goes on before `resume`."""
+        is_stopped = self._is_paused or self._is_asleep
+        return not self._in_flight and (is_stopped or not self.scheduler.has_work)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is under way, and nobody holds pages."""
+        return self.is_settled and not self.scheduler.num_running
 
     @property
     def seconds_to_deadline(self) -> float | None:
@@ -125,6 +138,14 @@ class EngineCore:
         """Goes on after a pause."""
         self._is_paused = False
 
+    def sleep(self) -> None:
+        """Starts nothing before `wake`; only when idle."""
+        self._is_asleep = True
+
+    def wake(self) -> None:
+        """Goes on after `sleep`."""
+        self._is_asleep = False
+
     def drain(self) -> None:
         """Waits for the steps in flight and drops what they bring."""
         while self._in_flight:
@@ -134,7 +155,7 @@ class EngineCore:
                 logger.debug("a step in flight at the end failed: %s", error)
 
     def _schedule(self) -> StepPlan | None:
-        if self._is_paused:
+        if self._is_paused or self._is_asleep:
             return None
         started = time.perf_counter()
         plan = self.scheduler.schedule()
@@ -223,10 +244,12 @@ class EngineCore:
         def share(part: int, whole: int) -> float:
             return part / max(1, whole)
 
+        busy_s = max(1e-9, sum(self.seconds[name] for name in ("schedule", "dispatch", "wait")))
         prefill_places = counts.num_prefill_tokens + counts.num_prefill_padding
         decode_places = counts.num_decode_rows + counts.num_decode_padding
         return {
             **vars(counts),
+            "window_sizes": dict(counts.window_sizes),
             "num_waiting": scheduler.num_waiting,
             "num_running": scheduler.num_running,
             "num_free_pages": scheduler.num_free_pages,
@@ -237,5 +260,7 @@ class EngineCore:
             "decode_padding_waste": share(counts.num_decode_padding, decode_places),
             "prefill_padding_waste": share(counts.num_prefill_padding, prefill_places),
             "cache_hit_rate": share(counts.num_cached_tokens, counts.num_prompt_tokens),
+            "prompt_tokens_per_s": counts.num_prompt_tokens / busy_s,
+            "generated_tokens_per_s": counts.num_generated_tokens / busy_s,
             "seconds": dict(self.seconds),
         }

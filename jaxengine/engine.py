@@ -2,38 +2,57 @@
 
 import atexit
 import dataclasses
-import itertools
 import os
 import sys
-import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from typing import Any
-
-import numpy as np
 
 from jaxengine import build as builder
 from jaxengine.call import Call
-from jaxengine.channel import Channel
+from jaxengine.chat import render
 from jaxengine.config import EngineConfig, ModelConfig
-from jaxengine.errors import PromptTooLongError, RequestError
+from jaxengine.defaults import default_params, with_defaults
+from jaxengine.errors import RequestError
+from jaxengine.imap import aimap, imap, merged_arguments
+from jaxengine.locate import locate
 from jaxengine.log import logger
-from jaxengine.outputs import SequenceOutput
-from jaxengine.params import SamplingParams, derive_seed, fresh_seed
-from jaxengine.requests import ParsedCall, PromptRequest, group_size, parse_call
+from jaxengine.pooling import (
+    ONE_STEP,
+    ScoreResult,
+    check_encode,
+    read_embeddings,
+    read_scores,
+    score_prompts,
+)
+from jaxengine.profiling import Profile
+from jaxengine.progress import Progress
+from jaxengine.requests import group_size, parse_call
+from jaxengine.residency import Residency, Running
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.sampling import as_sampler, default_sampler
-from jaxengine.text.detokenizer import Detokenizer, Vocabulary
-from jaxengine.text.tokenizer import encode, eos_token_ids, load_tokenizer
-from jaxengine.types import MAX_STOP_TOKEN_IDS, SequenceRequest, SequenceUpdate, StopReason
+from jaxengine.sampling.processor import with_processor
+from jaxengine.sglang_names import SGLangNames
+from jaxengine.submit import Submitter
+from jaxengine.text.detokenizer import Vocabulary
+from jaxengine.text.tokenizer import eos_token_ids, load_tokenizer, set_chat_template
+from jaxengine.weight_sources import WeightSources
 from jaxengine.worker import Worker
 
 SHUTDOWN_TIMEOUT_S = 60.0
 """Longest wait for a device step that is under way."""
 
 
-class Engine:
+class Engine(SGLangNames):
     """An offline LLM engine with the interface of `sglang.Engine`.
 
     One process: no children, no ports, no signal handlers, no event-loop policy. Calls are safe
@@ -46,7 +65,7 @@ class Engine:
 
     def __init__(
         self,
-        model_path: str | os.PathLike[str] = "",
+        model_path: str | os.PathLike[str] | EngineConfig = "",
         *,
         sampler: Any = None,
         params: dict[str, Any] | None = None,
@@ -57,12 +76,13 @@ class Engine:
         """Loads a model and starts the engine.
 
         Args:
-          model_path: Folder of a checkpoint, or a hub id.
+          model_path: Folder of a checkpoint, a hub id, or a GGUF file; or a whole `EngineConfig`,
+            as `EngineConfig.from_toml` reads a preset.
           sampler: What turns logits into tokens; SGLang's chain when None.
           params: The model's arrays, as `jaxengine.models` names them, instead of a checkpoint.
           model_config: Shape of `params`; needed with them.
           tokenizer: A Hugging Face tokenizer instead of the checkpoint's.
-          **settings: Fields of `EngineConfig`; other names of SGLang are ignored with a warning.
+          **settings: Fields of `EngineConfig`, and other names of SGLang: see `jaxengine.compat`.
 
         Raises:
           TypeError: For a setting nobody knows.
@@ -72,7 +92,11 @@ class Engine:
         """
         started = time.perf_counter()
         self._finalizer: weakref.finalize | None = None
-        config = EngineConfig.from_kwargs({"model_path": str(model_path), **settings})
+        self._profile: Profile | None = None
+        given = {"model_path": str(model_path)}
+        if isinstance(model_path, EngineConfig):
+            given = model_path.settings()
+        config = EngineConfig.from_kwargs({**given, **settings})
         if (params is None) != (model_config is None):
             raise TypeError("`params` and `model_config` go together; pass both or neither.")
         if "log_level" in settings:
@@ -80,9 +104,11 @@ class Engine:
         progress = sys.stderr.isatty() if config.progress is None else config.progress
         self.tokenizer = tokenizer
         if tokenizer is None and not config.skip_tokenizer_init and params is None:
-            folder = config.tokenizer_path or builder.resolve_folder(config)
+            folder = config.tokenizer_path or locate(config)
             self.tokenizer = load_tokenizer(folder, config.trust_remote_code, config.revision)
-        self._vocabulary = Vocabulary(self.tokenizer) if self.tokenizer is not None else None
+        if self.tokenizer is not None:
+            set_chat_template(self.tokenizer, config.chat_template, config.hf_chat_template_name)
+        vocabulary = Vocabulary(self.tokenizer) if self.tokenizer is not None else None
         own = default_sampler() if sampler is None else as_sampler(sampler)
         built = builder.build(
             config, own, params=params, model_config=model_config, progress=progress
@@ -91,23 +117,38 @@ class Engine:
         self._limits = built.limits
         self._programs, self._core, self._built_seconds = built.programs, built.core, built.seconds
         self._samplers, self._runner = built.samplers, built.runner
-        self._eos = eos_token_ids(self.tokenizer, self.model_config.eos_token_ids)
-        self._seq_ids = itertools.count()
-        self._rids: dict[str, list[SequenceRequest]] = {}
-        # Reentrant: the garbage collector may drop a Call, which releases ids, inside it.
-        self._rids_lock = threading.RLock()
-        self._seeds = (
-            None if config.random_seed is None else np.random.default_rng(config.random_seed)
-        )
         try:
+            self._default_params = default_params(
+                config,
+                self._samplers.own.steps.sampler.params,
+                vocab_size=self.model_config.vocab_size,
+                tokenizer=self.tokenizer,
+            )
             self._worker = Worker(built.core, built.runner.release)
-            self._finalizer = weakref.finalize(self, _stop, self._worker, built.programs)
+            self._residency = Residency(
+                self._worker, built.core, built.runner, self.config.weight_version
+            )
+            self._sources = WeightSources(self.config, self.model_config, built.runner.target)
+            self._submitter = Submitter(
+                self._worker,
+                tokenizer=self.tokenizer,
+                vocabulary=vocabulary,
+                eos_token_ids=eos_token_ids(self.tokenizer, self.model_config.eos_token_ids),
+                context_length=built.limits.context_length,
+                max_total_tokens=built.limits.max_total_tokens,
+                random_seed=config.random_seed,
+                weight_versions=self._residency.versions,
+                allow_auto_truncate=config.allow_auto_truncate,
+                stream_interval=config.stream_interval,
+            )
+            # Calls under way hold it, too: the engine stops when nobody wants anything of it.
+            self._finalizer = weakref.finalize(self._submitter, _stop, self._worker, built.programs)
             # Registered after jax's own hook, so it runs before: a thread inside jax at interpreter
             # exit would abort the process. `finalize` may have registered its own hook long ago.
             self._finalizer.atexit = False
             atexit.register(self._finalizer)
             # The engine answers once the smallest programs are there; the others follow.
-            built.programs.wait(all_of_them=False)
+            built.programs.wait_first()
         except BaseException:  # Ctrl-C, too
             built.programs.stop()
             self.shutdown()
@@ -127,10 +168,16 @@ class Engine:
         top_logprobs_num: Any = None,
         token_ids_logprob: Any = None,
         return_text_in_logprobs: bool = False,
+        return_hidden_states: Any = False,
+        hidden_states_format: str = "numpy",
+        return_prompt_token_ids: bool = False,
+        input_embeds: Any = None,
         sampler: Any = None,
+        custom_logit_processor: Any = None,
         capture: Any = None,
         companions: Any = None,
         stream: bool = False,
+        progress: bool = False,
         rid: Any = None,
         **others: Any,
     ) -> Any:
@@ -152,14 +199,29 @@ class Engine:
           top_logprobs_num: With it, the so many most likely tokens at every place.
           token_ids_logprob: With it, the logprobs of these ids at every place.
           return_text_in_logprobs: Give the tokens' text in these lists.
+          return_hidden_states: Report the model's hidden states in `meta_info["hidden_states"]` of
+            the final output: True, float32 [tokens, hidden] of every token of prompt and output,
+            the last one included, whatever the prefix cache had (it is not used for the prompt);
+            "last", [hidden] of the last token; "mean", [hidden], over all of them. One for all
+            prompts, or a list. They are those after the final norm, unless `hidden_layers` of
+            `EngineConfig` names others; then layers are an axis before the last.
+          hidden_states_format: "sglang" gives its nested lists instead: the prompt's states as
+            the first element, then one an output token, the last of which has none.
+          return_prompt_token_ids: Give the prompt's ids in `prompt_token_ids`.
+          input_embeds: Embeddings [tokens, hidden] instead of ids, numpy or jax; or a list. The
+            prefix cache stays on; what such a prompt computes is found by its own samples only.
           sampler: What turns logits into tokens for this call: a `Sampler`, a transform, a draw, or
             any function `(logits, ctx) -> token`. See `jaxengine.sampling`.
+          custom_logit_processor: A function `(logits, ctx) -> logits` or a transform, put where
+            SGLang has it: after penalties and bias, before the temperature. SGLang's pickled
+            strings are refused: a request is never unpickled.
           capture: Name -> `fn(logits, drawn, ctx) -> array [B, ...]`, traced into the loop; comes
             back in `captures`, a numpy array with a row a token.
           companions: Prompts that are continued in lockstep by the same tokens, for a sampler that
             combines their logits; a list, or one list a prompt.
           stream: Give an iterator of outputs as they grow: `text` and `output_ids` so far, and
             what is new in `delta_text` and `delta_ids`; for a list also `index`.
+          progress: Show a bar with tokens per second, the time left and prefix-cache hits.
           rid: The request's id, in `meta_info["id"]`; fresh when None.
           **others: Further arguments of SGLang, refused by name where they are set.
 
@@ -179,14 +241,22 @@ class Engine:
             top_logprobs_num=top_logprobs_num,
             token_ids_logprob=token_ids_logprob,
             return_text_in_logprobs=return_text_in_logprobs,
+            return_hidden_states=return_hidden_states,
+            hidden_states_format=hidden_states_format,
+            return_prompt_token_ids=return_prompt_token_ids,
+            input_embeds=input_embeds,
             sampler=sampler,
+            custom_logit_processor=custom_logit_processor,
             capture=capture,
             companions=companions,
             stream=stream,
             rid=rid,
             others=others,
         )
-        return call if stream else call.collect()
+        if stream or not progress:
+            return call if stream else call.collect()
+        with Progress(call.num_samples, self.stats, unit="sample", is_shown=True) as bar:
+            return call.collect(bar.update)
 
     async def async_generate(
         self,
@@ -199,7 +269,12 @@ class Engine:
         top_logprobs_num: Any = None,
         token_ids_logprob: Any = None,
         return_text_in_logprobs: bool = False,
+        return_hidden_states: Any = False,
+        hidden_states_format: str = "numpy",
+        return_prompt_token_ids: bool = False,
+        input_embeds: Any = None,
         sampler: Any = None,
+        custom_logit_processor: Any = None,
         capture: Any = None,
         companions: Any = None,
         stream: bool = False,
@@ -219,7 +294,12 @@ class Engine:
             top_logprobs_num=top_logprobs_num,
             token_ids_logprob=token_ids_logprob,
             return_text_in_logprobs=return_text_in_logprobs,
+            return_hidden_states=return_hidden_states,
+            hidden_states_format=hidden_states_format,
+            return_prompt_token_ids=return_prompt_token_ids,
+            input_embeds=input_embeds,
             sampler=sampler,
+            custom_logit_processor=custom_logit_processor,
             capture=capture,
             companions=companions,
             stream=stream,
@@ -228,14 +308,134 @@ class Engine:
         )
         return call if stream else await call.acollect()
 
+    def imap(
+        self,
+        items: Iterable[Any],
+        sampling_params: Any = None,
+        *,
+        max_in_flight: int | None = None,
+        ordered: bool = True,
+        on_error: str = "raise",
+        **arguments: Any,
+    ) -> Iterator[Any]:
+        """Continues prompts as they come, lazily: a generator over any iterable, endless ones too.
+
+        With the same seed, item i gives what prompt i of a list gives to `generate`. Closing the
+        generator aborts what is in flight.
+
+        Args:
+          items: Each a text, a list of token ids, or a dict of arguments of `generate`; its own
+            sampling parameters go before those of the call. Taken when there is room.
+          sampling_params: For all items.
+          max_in_flight: Most items that run or wait; twice `max_running_requests` when None.
+          ordered: Results in the order of the items, as `generate` gives them for one; else
+            `(place, result)` as they end.
+          on_error: "raise", or "return" to give the exception of an item that fails in its place.
+          **arguments: Further arguments of `generate`, for all items.
+
+        Raises:
+          RequestError: For an item that is wrong, with `on_error="raise"`; the exception of one
+            that fails, likewise.
+          EngineDeadError: After `shutdown`, always.
+        """
+        start = self._item_starter({"sampling_params": sampling_params, **arguments})
+        return imap(start, items, **self._flow(max_in_flight, ordered, on_error))
+
+    def aimap(
+        self,
+        items: Iterable[Any] | AsyncIterable[Any],
+        sampling_params: Any = None,
+        *,
+        max_in_flight: int | None = None,
+        ordered: bool = True,
+        on_error: str = "raise",
+        **arguments: Any,
+    ) -> AsyncIterator[Any]:
+        """`imap` for coroutines: an async generator; the items may come asynchronously, too."""
+        start = self._item_starter({"sampling_params": sampling_params, **arguments})
+        return aimap(start, items, **self._flow(max_in_flight, ordered, on_error))
+
     def abort(self, rid: str) -> None:
         """Ends a request by its exact id; its caller gets what there is, `finish_reason` "abort".
 
         An id that is not in flight is ignored.
         """
-        with self._rids_lock:
-            requests = list(self._rids.get(rid, ()))
-        self._abort(requests)
+        self._submitter.abort(rid)
+
+    # -- weights and memory
+
+    @property
+    def params(self) -> Any:
+        """The model's arrays on the device, as `jaxengine.models` names them.
+
+        Do not donate them. None while they are released, and after `shutdown`.
+        """
+        return self._runner.params
+
+    def update_weights(
+        self,
+        weights: Any,
+        *,
+        version: str | None = None,
+        running: Running = "finish",
+        partial: bool = False,
+    ) -> None:
+        """Puts other weights in the place of these: all of them or, on any error, none.
+
+        Names, shapes and dtypes are checked first; floats are cast to the engine's dtype. The
+        prefix cache is flushed. Every output's `weight_version` says what its last token was drawn
+        with; one that saw a change has `output_weight_versions`, a name a token.
+
+        Args:
+          weights: A tree like `params`, whose arrays are used as they are where dtype and placement
+            agree: nothing is copied, so do not donate them later (pass copies if you do). Or a dict
+            of Hugging Face names and numpy, jax or DLPack arrays; or a checkpoint folder or hub id.
+          version: Name of these weights; a number counted up when None.
+          running: "finish": requests under way end with the weights they have, and those that come
+            meanwhile wait. "keep": those under way go on with the new weights from the next step
+            on, over the keys and values they have; `pause("retract")` first has these made anew.
+          partial: A dict may lack names; what they name stays as it is.
+
+        Raises:
+          WeightsError: Names every missing, unexpected and misshapen tensor at once.
+        """
+        make = self._sources.read(weights, is_partial=partial)
+        name = str(len(self._residency.versions)) if version is None else version
+        self._residency.update(make, name, running)
+        if isinstance(weights, str | os.PathLike):
+            path = str(weights)
+            self.config = dataclasses.replace(self.config, model_path=path, served_model_name=path)
+
+    def weights_by_name(self, name: str) -> Any:
+        """The array that a checkpoint calls `name`, e.g. "model.norm.weight"; None for no such."""
+        return self._sources.named(name, self._runner.params)
+
+    def release_memory(
+        self, tags: Collection[str] | None = None, *, keep_copy: bool = True
+    ) -> dict[str, Any]:
+        """Frees device memory between uses; waits for requests under way, and lets others wait.
+
+        What is freed is free for this process at once. JAX's allocator gives it to other processes
+        only where JAX was started with XLA_PYTHON_CLIENT_ALLOCATOR=platform. Arrays that somebody
+        else holds, such as a trainer's own, stay.
+
+        Args:
+          tags: "weights", "kv_cache" (with all state of running requests), or both; None is both.
+          keep_copy: Keep the weights in host memory, for `resume_memory`; else they must come from
+            `update_weights`.
+
+        Returns:
+          Bytes that went, by tag, and the allocator's `bytes_in_use_before` and `bytes_in_use`.
+        """
+        return self._residency.release(tags, keep_copy=keep_copy)
+
+    def resume_memory(self, tags: Collection[str] | None = None) -> None:
+        """Brings back what `release_memory` took; with all of it there, requests go on.
+
+        Raises:
+          WeightsError: For weights that were released without a copy.
+        """
+        self._residency.resume(tags, self._sources.place)
 
     # -- lifetime
 
@@ -256,18 +456,222 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def wait_until_compiled(self) -> None:
-        """Waits until every program is ready, so that nothing after is slowed by compiling."""
-        self._programs.wait(all_of_them=True)
+    def wait_until_compiled(self, *, background: bool = False) -> None:
+        """Waits until the programs the engine began with are ready.
+
+        Args:
+          background: Also for those compiled ahead of need: steps without a sampler, and fused
+            forms of samplers that calls brought. Nothing after is slowed by compiling then.
+        """
+        self._programs.wait(background=background)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it takes requests."""
+        return not self._worker.is_dead
+
+    def start_profile(self, output_dir: str | None = None, **others: Any) -> None:
+        """Starts a trace of the process; its steps are named by bucket, "decode_b32_p64_k8".
+
+        Args:
+          output_dir: Folder it will be written to; a fresh temporary one when None.
+          **others: What SGLang's torch profiler takes is ignored, with a warning.
+
+        Raises:
+          RuntimeError: If one is under way in this process.
+        """
+        for name in others:
+            logger.warning("`%s` of start_profile is ignored: JAX's profiler has no such.", name)
+        self._profile = Profile(output_dir)
+
+    def stop_profile(self) -> str:
+        """Writes the trace, and gives the path of the file to open at ui.perfetto.dev.
+
+        Raises:
+          RuntimeError: If none is under way.
+        """
+        if self._profile is None:
+            raise RuntimeError("No profile is under way; call `start_profile` first.")
+        profile, self._profile = self._profile, None
+        return str(profile.stop())
 
     def stats(self) -> dict[str, Any]:
-        """Counts and times since the start: queue, pages, tokens, windows, start-up."""
+        """Counts and times since the start.
+
+        Queue (`num_waiting`, `num_running`), pages (`num_free_pages`, `num_cached_pages`,
+        `cache_hit_rate`), tokens, each `_per_s` of the time the engine had work, windows by their
+        number of steps (`window_sizes`), and where that time went (`seconds`): "schedule",
+        "dispatch", "wait" for the device, and "text" in a thread of its own.
+        """
         return {
             **self._core.stats(),
             "startup_seconds": {**self._built_seconds, "total": self._startup_seconds},
             "programs": self._programs.stats(),
             "max_total_tokens": self._limits.max_total_tokens,
         }
+
+    # -- prompts that are read, and conversations
+
+    def encode(
+        self,
+        prompt: Any = None,
+        input_ids: Any = None,
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        **others: Any,
+    ) -> Any:
+        """Gives embeddings of prompts, by the same model that generates.
+
+        Args:
+          prompt: A text, or a list of texts.
+          input_ids: Token ids instead.
+          pooling: "last", the hidden state of the last token, or "mean", over all tokens. For the
+            first, beginnings that prompts share are computed once.
+          normalize: Scales the embedding to length 1.
+          dimensions: Keeps so many of its first entries, before that.
+          **others: Of `generate`, such as `rid`.
+
+        Returns:
+          `{"embedding": float32 [hidden], "meta_info": {...}}` (SGLang: a list of floats), or a
+          list of these.
+
+        Raises:
+          RequestError: For a bad argument.
+        """
+        check_encode(pooling, dimensions, self.model_config.hidden_size)
+        asked = {"return_hidden_states": pooling, "sampler": default_sampler(), **others}
+        outputs = self.generate(prompt, ONE_STEP, input_ids, **asked)
+        return read_embeddings(outputs, normalize=normalize, dimensions=dimensions)
+
+    async def async_encode(
+        self,
+        prompt: Any = None,
+        input_ids: Any = None,
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        **others: Any,
+    ) -> Any:
+        """`encode` for coroutines."""
+        check_encode(pooling, dimensions, self.model_config.hidden_size)
+        asked = {"return_hidden_states": pooling, "sampler": default_sampler(), **others}
+        outputs = await self.async_generate(prompt, ONE_STEP, input_ids, **asked)
+        return read_embeddings(outputs, normalize=normalize, dimensions=dimensions)
+
+    def score(
+        self,
+        query: Any = None,
+        items: Any = None,
+        label_token_ids: Any = None,
+        apply_softmax: bool = False,
+        item_first: bool = False,
+    ) -> ScoreResult:
+        """Gives each item's probabilities of some tokens to come next.
+
+        The query is computed once, where it comes first: the prefix cache has it for all items.
+
+        Args:
+          query: A text, or token ids.
+          items: A text or a list of texts, or a list of lists of ids; each joins the query, as one
+            text.
+          label_token_ids: The tokens to score; at most 64.
+          apply_softmax: Probabilities among these tokens, which sum to 1, instead of among all.
+          item_first: The item stands before the query.
+
+        Returns:
+          A list of one list of probabilities an item, also its `scores`, with `prompt_tokens`.
+
+        Raises:
+          RequestError: For a mix of texts and ids, or a label outside the vocabulary.
+        """
+        asked = score_prompts(query, items, label_token_ids, item_first)
+        outputs = self.generate(
+            sampling_params=ONE_STEP, return_logprob=True, sampler=default_sampler(), **asked
+        )
+        return read_scores(outputs, apply_softmax=apply_softmax)
+
+    async def async_score(
+        self,
+        query: Any = None,
+        items: Any = None,
+        label_token_ids: Any = None,
+        apply_softmax: bool = False,
+        item_first: bool = False,
+    ) -> ScoreResult:
+        """`score` for coroutines."""
+        asked = score_prompts(query, items, label_token_ids, item_first)
+        outputs = await self.async_generate(
+            sampling_params=ONE_STEP, return_logprob=True, sampler=default_sampler(), **asked
+        )
+        return read_scores(outputs, apply_softmax=apply_softmax)
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: Any = None,
+        *,
+        tools: Any = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> Any:
+        """Continues a conversation, or a list of them, by the tokenizer's chat template.
+
+        Args:
+          messages: `[{"role": "user", "content": ...}, ...]`, or a list of such lists.
+          sampling_params: As for `generate`.
+          tools: JSON schemas, or functions with docstrings, for templates that show them.
+          chat_template: A Jinja template, or the name of one the tokenizer has, instead of its own.
+          add_generation_prompt: End with the beginning of an answer.
+          continue_final_message: Go on with the last message instead of answering it.
+          template_kwargs: Further variables of the template, such as `enable_thinking`.
+          **others: Of `generate`, such as `stream`.
+
+        Returns:
+          What `generate` gives.
+
+        Raises:
+          RequestError: Where there is no tokenizer or template, or it refuses the messages.
+        """
+        ids = render(
+            self.tokenizer,
+            messages,
+            tools=tools,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+        )
+        return self.generate(None, sampling_params, ids, **others)
+
+    async def async_chat(
+        self,
+        messages: Any,
+        sampling_params: Any = None,
+        *,
+        tools: Any = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> Any:
+        """`chat` for coroutines."""
+        ids = render(
+            self.tokenizer,
+            messages,
+            tools=tools,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+        )
+        return await self.async_generate(None, sampling_params, ids, **others)
 
     # -- inside
 
@@ -278,6 +682,7 @@ class Engine:
         input_ids: Any,
         *,
         sampler: Any,
+        custom_logit_processor: Any,
         capture: Any,
         companions: Any,
         return_text_in_logprobs: bool,
@@ -285,197 +690,69 @@ class Engine:
         **arguments: Any,
     ) -> Call:
         size = group_size(prompt, input_ids, companions) if companions else 1
-        live = self._live_sampler(sampler, capture, size)
+        live = self._live_sampler(sampler, custom_logit_processor, capture, size)
         parsed = parse_call(
             prompt,
-            sampling_params,
+            with_defaults(sampling_params, self._default_params, live.steps.sampler.params),
             input_ids,
             companions=companions,
             specs=live.steps.sampler.params,
             vocab_size=self.model_config.vocab_size,
+            hidden_size=self.model_config.hidden_size,
             max_top_logprobs=self.config.max_top_logprobs,
             tokenizer=self.tokenizer,
             **arguments,
         )
-        prompt_ids = self._tokenize(parsed)
-        samples = [
-            self._sequence(request, ids, sample, live, is_streaming=stream)
-            for request, ids in zip(parsed.requests, prompt_ids, strict=True)
-            for sample in range(parsed.n)
-        ]
+        samples = self._submitter.sequences(parsed, live, is_streaming=stream)
         # Compiled here, not in the engine's thread: nobody else waits for it.
-        scores = any(sample.logprob_start is not None for sample in samples)
-        self._runner.prepare(live, scores=scores)
-        return self._submit(parsed, samples, stream, has_text=bool(return_text_in_logprobs))
+        self._runner.prepare(
+            live,
+            scores=any(sample.logprob_start is not None for sample in samples),
+            hidden=any(sample.feeds_last for sample in samples),
+            embeds=any(sample.embeds is not None for sample in samples),
+        )
+        return self._submitter.submit(parsed, samples, has_text=bool(return_text_in_logprobs))
 
-    def _live_sampler(self, sampler: Any, capture: Any, group_size: int) -> LiveSampler:
+    def _item_starter(self, common: dict[str, Any]) -> Callable[[Any, int], Call]:
+        def start(item: Any, place: int) -> Call:
+            return self._start(**merged_arguments(common, item, place, _START_DEFAULTS))
+
+        return start
+
+    def _flow(self, max_in_flight: int | None, ordered: bool, on_error: str) -> dict[str, Any]:
+        if on_error not in ("raise", "return"):
+            raise RequestError(f'`on_error` must be "raise" or "return", got {on_error!r}.')
+        if max_in_flight is None:
+            max_in_flight = 2 * (self.config.max_running_requests or 1)
+        if max_in_flight < 1:
+            raise RequestError(f"`max_in_flight` must be at least 1, got {max_in_flight}.")
+        return {
+            "max_in_flight": max_in_flight,
+            "is_ordered": ordered,
+            "returns_errors": on_error == "return",
+        }
+
+    def _live_sampler(
+        self, sampler: Any, processor: Any, capture: Any, group_size: int
+    ) -> LiveSampler:
         """The call's sampler bound to this engine; the engine's own when it brings none."""
-        if sampler is None and not capture and group_size == 1:
+        if sampler is None and processor is None and not capture and group_size == 1:
             return self._samplers.own
         chosen = self._samplers.own.steps.sampler if sampler is None else as_sampler(sampler)
+        if processor is not None:
+            chosen = with_processor(chosen, processor)
         if capture:
             if not isinstance(capture, Mapping) or not all(map(callable, capture.values())):
                 raise RequestError("`capture` must map names to functions (logits, drawn, ctx).")
             chosen = chosen._replace(capture={**chosen.capture, **capture})
         return self._samplers.get(chosen, group_size, forget=self._programs.drop)
 
-    def _tokenize(self, parsed: ParsedCall) -> list[np.ndarray]:
-        texts = [r.text for r in parsed.requests if r.text is not None]
-        if not texts:
-            return [r.input_ids for r in parsed.requests if r.input_ids is not None]
-        rows = encode(self.tokenizer, texts)
-        for request, row in zip(parsed.requests, rows, strict=True):
-            if not row:
-                raise RequestError(f"Prompt {request.index} has no tokens: {request.text!r}.")
-        return [np.asarray(row, np.int32) for row in rows]
 
-    def _sequence(
-        self,
-        request: PromptRequest,
-        ids: np.ndarray,
-        sample: int,
-        live: LiveSampler,
-        *,
-        is_streaming: bool,
-    ) -> SequenceRequest:
-        params = request.params
-        stop_ids = tuple(dict.fromkeys((*(params.stop_token_ids or ()), *self._eos)))
-        if len(stop_ids) > MAX_STOP_TOKEN_IDS:
-            raise RequestError(
-                f"`stop_token_ids` of prompt {request.index} and the model's own are "
-                f"{len(stop_ids)} ids; at most {MAX_STOP_TOKEN_IDS} are possible."
-            )
-        if request.logprob_start is not None and request.logprob_start > len(ids):
-            raise RequestError(
-                f"`logprob_start_len` of prompt {request.index} must be at most its length, "
-                f"{len(ids)} tokens, got {request.logprob_start}."
-            )
-        companions = [
-            np.asarray(encode(self.tokenizer, [c])[0], np.int32) if isinstance(c, str) else c
-            for c in request.companions
-        ]
-        longest = max(len(text) for text in (ids, *companions))
-        is_exact = params.seed_mode == "exact"
-        seed = self._seed(params.seed)
-        alone = SequenceRequest(
-            seq_id=next(self._seq_ids),
-            rid=request.rid,
-            prompt_ids=ids,
-            max_new_tokens=self._max_new_tokens(request, longest),
-            min_new_tokens=params.min_new_tokens,
-            stop_token_ids=stop_ids,
-            ignore_eos=params.ignore_eos,
-            seed=seed if is_exact else derive_seed(seed, request.index, sample),
-            values=request.values,
-            sampler_id=live.sampler_id,
-            sampler=live,
-            is_stateful=live.is_stateful,
-            is_streaming=is_streaming,
-            wants_logprobs=request.return_logprob,
-            num_top_logprobs=request.num_top_logprobs,
-            logprob_ids=request.logprob_ids,
-            logprob_start=request.logprob_start,
-        )
-        grouped = tuple(
-            dataclasses.replace(
-                alone, seq_id=next(self._seq_ids), prompt_ids=text, logprob_start=None
-            )
-            for text in companions
-        )
-        return dataclasses.replace(alone, companions=grouped) if grouped else alone
-
-    def _seed(self, seed: int | None) -> int:
-        if seed is not None:
-            return seed
-        return fresh_seed() if self._seeds is None else int(self._seeds.integers(2**63))
-
-    def _max_new_tokens(self, request: PromptRequest, prompt_len: int) -> int:
-        """The limit after clipping to the context and to the pool, as SGLang clips it."""
-        context, pool = self._limits.context_length, self._limits.max_total_tokens
-        asked = request.params.max_new_tokens
-        where = f"Prompt {request.index} has {prompt_len:,} tokens"
-        if prompt_len >= context:
-            raise PromptTooLongError(
-                f"{where}; `context_length` is {context:,} and must hold at least one more. "
-                "Shorten it, or raise `context_length` if the model allows."
-            )
-        if prompt_len >= pool:
-            raise PromptTooLongError(
-                f"{where}; the KV pages hold {pool:,} in all. "
-                "Shorten it, or raise `max_total_tokens` or `mem_fraction_static`."
-            )
-        room = min(context, pool) - prompt_len
-        return room if asked is None else min(asked, room)
-
-    def _submit(
-        self, parsed: ParsedCall, samples: list[SequenceRequest], stream: bool, *, has_text: bool
-    ) -> Call:
-        channel = Channel()
-        by_prompt = itertools.chain.from_iterable(
-            itertools.repeat(request, parsed.n) for request in parsed.requests
-        )
-        outputs = [
-            SequenceOutput(
-                sample,
-                channel,
-                index=index,
-                detokenizer=self._detokenizer(request.params),
-                has_stop_strings=bool(request.params.stop),
-                decode=self._decode if has_text and self.tokenizer is not None else None,
-                weight_version="default",
-            )
-            for index, (request, sample) in enumerate(zip(by_prompt, samples, strict=True))
-        ]
-        self._claim_rids(samples)
-        # Made before anything is queued: from here on whatever goes wrong, Ctrl-C too, aborts it.
-        call = Call(
-            channel,
-            samples,
-            is_single=parsed.is_single,
-            abort=self._abort,
-            release=self._release_rids,
-        )
-        try:
-            self._worker.submit(list(zip(samples, outputs, strict=True)))
-        except BaseException:
-            call.close()
-            raise
-        return call
-
-    def _decode(self, token_id: int) -> str:
-        return self.tokenizer.decode([token_id])
-
-    def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
-        if self._vocabulary is None:
-            return None
-        return Detokenizer(
-            self._vocabulary,
-            stop=tuple(params.stop or ()),
-            skip_special_tokens=params.skip_special_tokens,
-            spaces_between_special_tokens=params.spaces_between_special_tokens,
-            no_stop_trim=params.no_stop_trim,
-        )
-
-    def _claim_rids(self, samples: list[SequenceRequest]) -> None:
-        with self._rids_lock:
-            for sample in samples:
-                if sample.rid in self._rids:
-                    raise RequestError(
-                        f"`rid` {sample.rid!r} is already in flight; choose another."
-                    )
-            for sample in samples:
-                self._rids.setdefault(sample.rid, []).append(sample)
-
-    def _release_rids(self, samples: list[SequenceRequest]) -> None:
-        with self._rids_lock:
-            for sample in samples:
-                # By then the id may be another call's.
-                if sample in self._rids.get(sample.rid, ()):
-                    del self._rids[sample.rid]
-
-    def _abort(self, requests: list[SequenceRequest]) -> None:
-        for request in requests:
-            self._worker.finish(SequenceUpdate(request.seq_id, [], finish=StopReason("abort")))
+_START_DEFAULTS = {
+    **dict.fromkeys(("prompt", "sampling_params", "input_ids")),
+    **{k: v for k, v in (Engine.generate.__kwdefaults__ or {}).items() if k != "progress"},
+}
+"""What `generate` takes where an item of `imap` does not say."""
 
 
 def _stop(worker: Worker, programs: Any) -> None:

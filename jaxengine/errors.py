@@ -10,6 +10,7 @@
     ├── WeightsError (ValueError)       missing, unexpected or misshapen tensors, all named at once
     ├── StepError (RuntimeError)        a device step failed, and the requests of that batch with it
     ├── NaNLogitsError (RuntimeError)   the model gave NaN for this request
+    ├── JobError (RuntimeError)         a batch job gave up; what it did is kept
     └── EngineDeadError (RuntimeError)  the engine was shut down, or failed to start
 
 A message says what, what was got, the limit, and the remedy; arguments stand in backticks.
@@ -54,6 +55,10 @@ class StepError(JaxEngineError, RuntimeError):
 
 class NaNLogitsError(JaxEngineError, RuntimeError):
     """The model produced NaN logits for this request."""
+
+
+class JobError(JaxEngineError, RuntimeError):
+    """A batch job gave up; what it did is kept, and a second run goes on from there."""
 
 
 class EngineDeadError(JaxEngineError, RuntimeError):

@@ -1,14 +1,17 @@
 """From a sequence's tokens to SGLang's output dicts. Runs in the text thread."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 
 from jaxengine.channel import Channel
+from jaxengine.display import Output
+from jaxengine.hidden import HiddenCollector
 from jaxengine.text.detokenizer import Detokenizer
-from jaxengine.types import SequenceRequest, SequenceUpdate, StopReason
+from jaxengine.types import HIDDEN, WEIGHTS_ID, SequenceRequest, SequenceUpdate, StopReason
 
 type Decode = Callable[[int], str]
 
@@ -28,7 +31,10 @@ class SequenceOutput:
         detokenizer: Detokenizer | None,
         has_stop_strings: bool,
         decode: Decode | None,
-        weight_version: str,
+        weight_versions: Sequence[str],
+        hidden: HiddenCollector | None = None,
+        stream_interval: int = 1,
+        has_prompt_ids: bool = False,
     ) -> None:
         """Args:
         request: The sample.
@@ -37,14 +43,23 @@ class SequenceOutput:
         detokenizer: None when ids are all that is wanted.
         has_stop_strings: Text must be looked at as it comes.
         decode: Gives a token's text, where logprobs are to carry it.
-        weight_version: Reported with every output.
+        weight_versions: Names of all weights the engine has had, by their ids; grows.
+        hidden: Collects hidden states, where they are wanted.
+        stream_interval: Tokens between two outputs of a stream, at least; the first comes at once.
+        has_prompt_ids: Outputs carry the prompt's token ids.
         """
         self._request = request
         self._channel = channel
         self._index = index
         self._detokenizer = detokenizer
         self._watches_text = has_stop_strings or request.is_streaming
-        self._weight_version = weight_version
+        self._weight_versions = weight_versions
+        self._weights_ids: list[tuple[int, int]] = []
+        self._hidden = hidden
+        self._stream_interval = stream_interval
+        self._has_prompt_ids = has_prompt_ids
+        self._num_given = 0
+        self._ending: StopReason | None = None
         self._ids: list[int] = []
         self._reports = _Reports(request, decode)
         self._undecoded: list[int] = []
@@ -57,22 +72,44 @@ class SequenceOutput:
         if update.error is not None:
             self._channel.put((self._index, update.error, True))
             return True
-        num_before = len(self._ids)
-        self._ids += update.token_ids
-        self._reports.push(update)
-        self._undecoded += update.token_ids
-        finish = self._read_text(update.finish)
-        if finish is None and not (self._request.is_streaming and update.token_ids):
+        if self._hidden is not None:
+            for leaves in (update.prompt_leaves, update.leaves):
+                self._hidden.push(leaves.get(HIDDEN, ()))
+        finish = self._ending or self._take(update)
+        if finish is not None and not (update.finish or self._ending) and self._lacks_state():
+            self._ending = finish  # the next step feeds the last token and brings its state
+            return True
+        if finish is None and not self._is_due():
             return True
         output = self._output(finish, update)
         if self._request.is_streaming:
             output["delta_text"] = self._delta_text
-            output["delta_ids"] = self._ids[num_before:]
+            output["delta_ids"] = self._ids[self._num_given :]
             if self._detokenizer is None:
                 del output["delta_text"]
         self._delta_text = ""
+        self._num_given = len(self._ids)
         self._channel.put((self._index, output, finish is not None))
         return finish is update.finish
+
+    def _take(self, update: SequenceUpdate) -> StopReason | None:
+        self._ids += update.token_ids
+        self._note_weights(update)
+        self._reports.push(update)
+        self._undecoded += update.token_ids
+        return self._read_text(update.finish)
+
+    def _is_due(self) -> bool:
+        """A stream's reader is to hear of the tokens so far."""
+        num_new = len(self._ids) - self._num_given
+        wanted = self._stream_interval if self._num_given else 1
+        return self._request.is_streaming and num_new >= wanted
+
+    def _lacks_state(self) -> bool:
+        """The hidden state of the last token is still to come."""
+        if self._hidden is None:
+            return False
+        return self._hidden.num_tokens < len(self._request.prompt_ids) + len(self._ids)
 
     def _read_text(self, finish: StopReason | None) -> StopReason | None:
         """Decodes new ids where text is wanted now; a stop string found becomes the reason."""
@@ -91,6 +128,27 @@ class SequenceOutput:
             self._delta_text += text.finish()
         return finish
 
+    def _note_weights(self, update: SequenceUpdate) -> None:
+        """Remembers with which weights tokens were drawn, as (id, first token) of every change."""
+        ids = update.leaves.get(WEIGHTS_ID, ())
+        first = len(self._ids) - len(update.token_ids)
+        if update.token_ids and len(ids):
+            if not self._weights_ids or self._weights_ids[-1][0] != ids[0]:
+                self._weights_ids.append((int(ids[0]), first))
+
+    def _weight_version(self) -> str:
+        """Of the last token; the engine's where there is none."""
+        used = [weights_id for weights_id, first in self._weights_ids if first < len(self._ids)]
+        return self._weight_versions[used[-1] if used else -1]
+
+    def _token_versions(self) -> list[str]:
+        ends = [first for _, first in self._weights_ids[1:]] + [len(self._ids)]
+        return [
+            self._weight_versions[weights_id]
+            for (weights_id, first), end in zip(self._weights_ids, ends, strict=True)
+            for _ in range(first, end)
+        ]
+
     def _output(self, finish: StopReason | None, update: SequenceUpdate) -> dict[str, Any]:
         request = self._request
         now = time.perf_counter()
@@ -101,22 +159,31 @@ class SequenceOutput:
             "completion_tokens": len(self._ids),
             "cached_tokens": update.cached_tokens,
             "reasoning_tokens": 0,
-            "weight_version": self._weight_version,
+            "weight_version": self._weight_version(),
             "num_retractions": update.num_retractions,
             "seed": request.seed,
             **self._reports.logprobs(),
         }
+        if len(self._weights_ids) > 1:
+            meta["output_weight_versions"] = self._token_versions()
         if finish is not None:
             meta["e2e_latency"] = now - self._started
+            if self._hidden is not None:
+                meta["hidden_states"] = self._hidden.result(
+                    len(request.prompt_ids) + len(self._ids)
+                )
         if not self._was_answered:
             meta["response_sent_to_client_ts"] = time.time()
             self._was_answered = True
-        output: dict[str, Any] = {}
+        output = Output()
         if self._detokenizer is not None:
             output["text"] = self._detokenizer.text
         output |= {"output_ids": self._ids.copy(), "meta_info": meta}
-        captures = self._reports.captures()
-        return {**output, "captures": captures} if captures else output
+        if self._has_prompt_ids:
+            output["prompt_token_ids"] = request.prompt_ids.tolist()
+        if captures := self._reports.captures():
+            output["captures"] = captures
+        return output
 
 
 class _Reports:
@@ -141,7 +208,8 @@ class _Reports:
             self._push_tokens("output", update.leaves, update.leaves["token"])
             for kind in ("raw", "processed"):
                 self._kinds[f"output_{kind}"] += update.leaves[f"{kind}_logprob"].tolist()
-        if self._kinds and update.prompt_leaves:
+        # Hidden states of the prompt may come without its logprobs.
+        if self._kinds and "logprob" in update.prompt_leaves:
             self._push_prompt(update.prompt_leaves)
         for name, leaf in update.leaves.items():
             if name.startswith(("aux", "capture/")):
@@ -173,7 +241,7 @@ class _Reports:
         num_before = len(self._kinds["input_token"])
         if num_before == 0 and start == 0:
             # Nothing comes before the first token, so it has no probability.
-            self._kinds["input_token"].append((None, int(ids[0]), self._text(ids[0])))
+            self._kinds["input_token"].append((None, int(ids[0]), self._text(int(ids[0]))))
             for kind in ("input_top", "input_token_ids"):
                 if kind in self._kinds:
                     self._kinds[kind].append(None)
@@ -184,22 +252,21 @@ class _Reports:
     def _push_tokens(
         self, side: str, leaves: Mapping[str, np.ndarray], token_ids: np.ndarray
     ) -> None:
-        request = self._request
-        self._kinds[f"{side}_token"] += self._triples(leaves["logprob"], token_ids)
+        request, kinds = self._request, self._kinds
+        kinds[f"{side}_token"] += self._triples(leaves["logprob"].tolist(), token_ids.tolist())
         if request.num_top_logprobs:
-            pairs = zip(leaves["top_logprobs"], leaves["top_ids"], strict=True)
-            self._kinds[f"{side}_top"] += [
-                self._triples(values[: request.num_top_logprobs], ids) for values, ids in pairs
-            ]
+            tops = leaves["top_logprobs"][:, : request.num_top_logprobs].tolist()
+            kinds[f"{side}_top"] += map(self._triples, tops, leaves["top_ids"].tolist())
         if request.logprob_ids:
-            self._kinds[f"{side}_token_ids"] += [
-                self._triples(values, request.logprob_ids) for values in leaves["id_logprobs"]
-            ]
+            given = leaves["id_logprobs"].tolist()
+            kinds[f"{side}_token_ids"] += map(self._triples, given, repeat(request.logprob_ids))
 
-    def _triples(self, logprobs: np.ndarray, ids: Any) -> list[tuple[float, int, str | None]]:
-        # The longer of the two is padded.
-        pairs = zip(logprobs.tolist(), ids, strict=False)
-        return [(logprob, int(i), self._text(i)) for logprob, i in pairs]
+    def _triples(
+        self, logprobs: list[float], ids: Sequence[int]
+    ) -> list[tuple[float, int, str | None]]:
+        # Millions at batch 256 with twenty a token: no loop in Python. The longer one is padded.
+        texts = repeat(None) if self._decode is None else map(self._decode, ids)
+        return list(zip(logprobs, ids, texts, strict=False))
 
     def _text(self, token_id: int) -> str | None:
-        return None if self._decode is None else self._decode(int(token_id))
+        return None if self._decode is None else self._decode(token_id)

@@ -5,7 +5,6 @@ sampler, which publishes them as `Param`s. Knows nothing of jax.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import reprlib
 import secrets
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxengine.compat import SAMPLING_PARAMETERS, nearest
 from jaxengine.errors import RequestError
 from jaxengine.types import MAX_STOP_TOKEN_IDS, Param
 
@@ -26,13 +26,6 @@ SAMPLER_FIELDS = frozenset(
     """.split()
 )
 """Fields of `SamplingParams` that exist when the engine's sampler publishes them."""
-
-UNSUPPORTED_PARAMS = frozenset(
-    """
-    beam_width custom_params ebnf json_schema regex stop_regex stream_interval structural_tag
-    """.split()
-)
-"""Keys of SGLang whose feature does not exist here yet; a set value is refused by name."""
 
 type Number = int | float
 
@@ -57,16 +50,20 @@ class SamplingParams:
       logit_bias: Token id (or its decimal string) to what is added to its logit.
       n: Samples of the prompt.
       stop: Strings that end the text.
+      stop_regex: Patterns (of the `regex` package) that end the text at their first match; it is
+        trimmed, and `matched` is the pattern.
       stop_token_ids: Token ids that end the text, beside the model's own.
       ignore_eos: No token ends the text, `stop_token_ids` included; stop strings still do.
       skip_special_tokens: Leave special tokens out of the text.
       spaces_between_special_tokens: Passed to tokenizers that know it.
       no_stop_trim: Keep what ended the text in it.
+      stream_interval: Tokens between two outputs of a stream, at least; the engine's when None.
       seed: In [0, 2**63); fresh when None.
       sampling_seed: SGLang's name of `seed`.
       seed_mode: "derived" gives every prompt and sample of a call a stream of its own; "exact"
         uses the seed as it is for all of them, so that they share their noise.
-      custom: Parameters of the engine's own sampler, by name.
+      custom: Parameters of the sampler or logit processor, by name; SGLang's `custom_params` in a
+        dict is the same.
     """
 
     max_new_tokens: int | None = 128
@@ -81,11 +78,13 @@ class SamplingParams:
     logit_bias: Mapping[Any, Number] | None = None
     n: int = 1
     stop: str | Sequence[str] | None = ()
+    stop_regex: str | Sequence[str] | None = ()
     stop_token_ids: Sequence[int] | None = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
+    stream_interval: int | None = None
     seed: int | None = None
     sampling_seed: int | None = None
     seed_mode: str = "derived"
@@ -193,26 +192,29 @@ def _as_dict(raw: Any, known: set[str], place: str) -> dict[str, Any]:
     else:
         what = f"must be a dict or SamplingParams, got {_show(raw)}."
         raise RequestError(f"`sampling_params`{place} {what}")
-    custom = given.pop("custom", None) or {}
-    if not isinstance(custom, Mapping):
-        raise RequestError(f"`custom`{place} must be a dict, got {_show(custom)}.")
-    for name in custom:
-        if name in given:
-            raise RequestError(f"`{name}`{place} is given twice: in `custom` and beside it.")
-    return {**given, **custom}
+    # The second is SGLang's name.
+    for source in ("custom", "custom_params"):
+        custom = given.pop(source, None) or {}
+        if not isinstance(custom, Mapping):
+            raise RequestError(f"`{source}`{place} must be a dict, got {_show(custom)}.")
+        for name in custom:
+            if name in given:
+                raise RequestError(f"`{name}`{place} is given twice: in `{source}` and beside it.")
+        given |= custom
+    return given
 
 
 def _check_names(given: Mapping[str, Any], known: set[str], place: str) -> None:
     for name in given.keys() - known:
         if name in SAMPLER_FIELDS:
             raise TypeError(f"`{name}`{place} is not a parameter of this engine's sampler.")
-        if name not in UNSUPPORTED_PARAMS:
-            near = difflib.get_close_matches(str(name), known | UNSUPPORTED_PARAMS, n=1)
-            hint = f"; did you mean `{near[0]}`?" if near else "."
-            raise TypeError(f"Unknown sampling parameter `{name}`{place}{hint}")
-        value = given[name]
-        if value is not None and not (isinstance(value, str | list | tuple | dict) and not value):
-            raise RequestError(f"`{name}`{place} is not supported by jaxengine yet; leave it out.")
+        refused = SAMPLING_PARAMETERS.get(name)
+        if refused is None or refused.fate != "refused":
+            near = nearest(str(name), known | SAMPLING_PARAMETERS.keys())
+            raise TypeError(f"Unknown sampling parameter `{name}`{place}{near}")
+        if refused.is_asked_for(given[name]):
+            why = f"is not supported: {refused.why}. Leave it out."
+            raise RequestError(f"`{name}`{place} {why}")
 
 
 def _check_together(host: Mapping[str, Any], place: str, *, has_tokenizer: bool) -> None:
@@ -223,7 +225,8 @@ def _check_together(host: Mapping[str, Any], place: str, *, has_tokenizer: bool)
             f"`min_new_tokens`{place} must be in [0, max_new_tokens ({limit})], got {fewest}."
         )
     if not has_tokenizer:
-        for name, what in (("stop", "to see text"), ("min_new_tokens", "for its EOS token id")):
+        uses = {name: "to see text" for name in ("stop", "stop_regex")}
+        for name, what in {**uses, "min_new_tokens": "for its EOS token id"}.items():
             if host.get(name):
                 raise RequestError(
                     f"`{name}`{place} is unavailable when skip_tokenizer_init=True: it needs the "
@@ -255,11 +258,13 @@ def _host_readers(specs: Mapping[str, Param], vocab_size: int) -> dict[str, Call
         "logit_bias": lambda value: _logit_bias(value, vocab_size, max_biases),
         "n": _integer_in(1, None, "must be an integer of at least 1"),
         "stop": _stop_strings,
+        "stop_regex": _stop_strings,
         "stop_token_ids": lambda value: _stop_token_ids(value, vocab_size),
         "ignore_eos": _boolean,
         "skip_special_tokens": _boolean,
         "spaces_between_special_tokens": _boolean,
         "no_stop_trim": _boolean,
+        "stream_interval": _integer_in(1, None, "must be an integer of at least 1"),
         "seed": seed,
         "sampling_seed": seed,
         "seed_mode": _seed_mode,

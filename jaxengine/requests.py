@@ -3,38 +3,24 @@
 All of a call is checked before any of it is queued. Knows nothing of tokenising and of jax.
 """
 
-import difflib
+import functools
 import reprlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxengine.compat import GENERATE_ARGUMENTS, SAMPLING_PARAMETERS, nearest
 from jaxengine.errors import RequestError
+from jaxengine.log import logger
 from jaxengine.params import ParsedParams, SamplingParams, parse_sampling_params
-from jaxengine.types import MAX_LOGPROB_IDS, Param
+from jaxengine.types import MAX_LOGPROB_IDS, HiddenFormat, HiddenStates, Param
 
-_UNSUPPORTED_ARGUMENTS: dict[str, Any] = dict.fromkeys(
-    """
-    audio_data bootstrap_host bootstrap_port bootstrap_room cache_salt custom_logit_processor
-    data_parallel_rank disagg_prefill_dp_rank external_trace_header extra_key image_data
-    input_embeds kv_router_hint lora_path max_thinking_tokens mm_content_hashes mm_hashes
-    modalities positional_embed_overrides priority require_reasoning return_flat_raw_top_logprobs
-    return_hidden_states return_prompt_token_ids return_routed_experts return_sampling_mask
-    routed_dp_rank session_id session_params video_data
-    """.split()
-) | {"routed_experts_start_len": 0}
-"""SGLang's arguments whose feature does not exist here yet, and the number that asks for none."""
-
-_ARGUMENTS = tuple(
-    """
-    capture companions input_ids logprob_start_len prompt return_logprob return_text_in_logprobs
-    rid sampler sampling_params stream token_ids_logprob top_logprobs_num
-    """.split()
-)
+_OWN_ARGUMENTS = ("capture", "companions", "hidden_states_format", "sampler")
+"""Arguments SGLang does not have."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +29,7 @@ class PromptRequest:
 
     Attributes:
       index: Place of the prompt in its list.
+      seed_key: What its seed is derived from beside the call's.
       rid: Public id.
       text: The prompt, not empty; None when ids were given.
       input_ids: The prompt as int32 ids in the vocabulary, at least one; None when text was given.
@@ -53,9 +40,15 @@ class PromptRequest:
       logprob_ids: And those of these ids.
       logprob_start: Prompt tokens from here on have one, too; None for none.
       companions: Texts or ids of the prompts that are continued in lockstep.
+      hidden_states: Which hidden states are reported, if any.
+      hidden_format: In which form.
+      embeds: Float32 [tokens, D] in place of ids, which are all -1 then.
+      has_prompt_ids: Outputs carry the prompt's ids.
+      cache_namespace: Only prompts with the same one share their prefixes.
     """
 
     index: int
+    seed_key: int | str
     rid: str
     text: str | None
     input_ids: np.ndarray | None
@@ -66,6 +59,11 @@ class PromptRequest:
     logprob_ids: tuple[int, ...] = ()
     logprob_start: int | None = None
     companions: tuple[str | np.ndarray, ...] = ()
+    hidden_states: HiddenStates | None = None
+    hidden_format: HiddenFormat = "numpy"
+    embeds: np.ndarray | None = None
+    has_prompt_ids: bool = False
+    cache_namespace: Hashable = None
 
 
 class ParsedCall(NamedTuple):
@@ -92,10 +90,16 @@ def parse_call(
     token_ids_logprob: Any = None,
     logprob_start_len: Any = None,
     companions: Any = None,
+    input_embeds: Any = None,
+    return_hidden_states: Any = False,
+    hidden_states_format: Any = "numpy",
+    return_prompt_token_ids: Any = False,
     rid: Any = None,
+    seed_key: int | str | None = None,
     others: Mapping[str, Any],
     specs: Mapping[str, Param],
     vocab_size: int,
+    hidden_size: int,
     max_top_logprobs: int,
     tokenizer: Any,
 ) -> ParsedCall:
@@ -110,10 +114,16 @@ def parse_call(
       token_ids_logprob: A list of ids for all, or a list of such lists.
       logprob_start_len: One for all, or a list; -1 or None for none.
       companions: A list of prompts for one bare prompt, else a list of such lists.
+      input_embeds: Embeddings [tokens, D] of one prompt instead of ids, or a list of such.
+      return_hidden_states: True, "last", "mean" or False; one for all, or a list.
+      hidden_states_format: "numpy" or "sglang".
+      return_prompt_token_ids: Outputs carry the prompt's ids.
       rid: Public id or ids; one id and a list of prompts give `{rid}_{index}`. Fresh when None.
+      seed_key: Of the one prompt, where it is one of a stream; its index when None.
       others: Further keyword arguments of the call.
       specs: Parameters of the engine's sampler.
       vocab_size: Token ids are in [0, vocab_size).
+      hidden_size: Width of an embedding.
       max_top_logprobs: Limit of `top_logprobs_num`.
       tokenizer: None when the engine has none.
 
@@ -122,18 +132,12 @@ def parse_call(
       RequestError: For anything else; it names the prompt by its index.
     """
     _check_others(others, specs)
-    if prompt is None and input_ids is None:
-        raise RequestError("`prompt` or `input_ids` must be given.")
-    if prompt is not None and input_ids is not None:
-        raise RequestError("`prompt` and `input_ids` are both given; leave one of them out.")
-    if prompt is not None:
-        is_list = not isinstance(prompt, str)
-        texts = _texts(prompt, is_list, tokenizer)
-        ids = [None] * len(texts)
-    else:
-        is_list = _is_list_of_prompts(input_ids)
-        ids = _id_rows(input_ids, is_list, vocab_size)
-        texts = [None] * len(ids)
+    if prompt is not None and input_ids is not None and tokenizer is None:
+        # Ray's stage for SGLang sends both; without a tokenizer only the ids can be meant.
+        prompt = None
+    texts, ids, embeds, is_list = _prompts(
+        prompt, input_ids, input_embeds, vocab_size, hidden_size, tokenizer
+    )
     count = len(texts)
     rids = _rids(rid, count, is_list)
     wants_logprob = _flags("return_logprob", return_logprob, count, is_list)
@@ -143,9 +147,17 @@ def parse_call(
     starts = _integers("logprob_start_len", logprob_start_len, count, is_list, -1, 2**31 - 1)
     given = _logprob_ids(token_ids_logprob, count, is_list, vocab_size)
     friends = _companions(companions, count, is_list, vocab_size, tokenizer)
+    hidden = _hidden_states(return_hidden_states, count, is_list)
+    _check_choice("hidden_states_format", hidden_states_format, ("numpy", "sglang"))
+    if input_embeds is not None and (companions is not None or max(starts, default=-1) >= 0):
+        raise RequestError(
+            "`input_embeds` have no token ids, so they go neither with `companions` nor with "
+            "`logprob_start_len`; pass `input_ids`, or leave these out."
+        )
     requests = [
         PromptRequest(
             index=i,
+            seed_key=i if seed_key is None else seed_key,
             rid=rids[i],
             text=texts[i],
             input_ids=ids[i],
@@ -157,6 +169,12 @@ def parse_call(
             logprob_ids=given[i] if wants_logprob[i] else (),
             logprob_start=starts[i] if wants_logprob[i] and starts[i] >= 0 else None,
             companions=friends[i],
+            hidden_states=hidden[i],
+            hidden_format=hidden_states_format,
+            embeds=embeds[i],
+            has_prompt_ids=bool(return_prompt_token_ids),
+            # What came of embeddings is found by samples of the same prompt, and nobody else.
+            cache_namespace=None if embeds[i] is None else object(),
         )
         for i in range(count)
     ]
@@ -165,6 +183,8 @@ def parse_call(
 
 def group_size(prompt: Any, input_ids: Any, companions: Any) -> int:
     """Prompts that are continued in lockstep: one, and its companions."""
+    if prompt is None and input_ids is None:
+        return 1
     is_list = not isinstance(prompt, str) if prompt is not None else _is_list_of_prompts(input_ids)
     first = companions[0] if is_list and isinstance(companions, list | tuple) else companions
     return 1 + len(first) if isinstance(first, list | tuple) else 1
@@ -172,31 +192,103 @@ def group_size(prompt: Any, input_ids: Any, companions: Any) -> int:
 
 def _check_others(others: Mapping[str, Any], specs: Mapping[str, Param]) -> None:
     for name, value in others.items():
-        if name in _UNSUPPORTED_ARGUMENTS:
-            if not _asks_for_nothing(value, _UNSUPPORTED_ARGUMENTS[name]):
-                raise RequestError(f"`{name}` is not supported by jaxengine yet; leave it out.")
-            continue
-        if name in specs or name in SamplingParams.__dataclass_fields__:
-            hint = "; it is a sampling parameter: put it into `sampling_params`."
-        elif near := difflib.get_close_matches(name, [*_ARGUMENTS, *_UNSUPPORTED_ARGUMENTS], 1):
-            hint = f"; did you mean `{near[0]}`?"
-        else:
-            hint = "."
-        raise TypeError(f"generate() got an unexpected keyword argument `{name}`{hint}")
+        known = GENERATE_ARGUMENTS.get(name)
+        if known is None or known.fate == "honoured":
+            if name in specs or name in SAMPLING_PARAMETERS:
+                hint = "; it is a sampling parameter: put it into `sampling_params`."
+            else:
+                hint = nearest(name, (*_OWN_ARGUMENTS, *GENERATE_ARGUMENTS))
+            raise TypeError(f"generate() got an unexpected keyword argument `{name}`{hint}")
+        if known.fate == "ignored":
+            _warn_once(name, known.why)
+        elif known.is_asked_for(value):
+            raise RequestError(f"`{name}` is not supported: {known.why}. Leave it out.")
 
 
-def _asks_for_nothing(value: Any, default: Any) -> bool:
-    if value is None or value is False:
-        return True
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value == default
-    if isinstance(value, list | tuple):
-        return all(_asks_for_nothing(item, default) for item in value)
-    return isinstance(value, str | dict) and not value
+@functools.cache
+def _warn_once(name: str, why: str) -> None:
+    logger.warning("`%s` is ignored: %s.", name, why)
 
 
 def _place(name: str, index: int, is_list: bool) -> str:
     return f"`{name}` of prompt {index}" if is_list else f"`{name}`"
+
+
+def _prompts(
+    prompt: Any,
+    input_ids: Any,
+    input_embeds: Any,
+    vocab_size: int,
+    hidden_size: int,
+    tokenizer: Any,
+) -> tuple[list[Any], list[Any], list[Any], bool]:
+    """Texts, ids and embeddings of the prompts, None where they have none; whether it is a list."""
+    given = {"prompt": prompt, "input_ids": input_ids, "input_embeds": input_embeds}
+    names = [f"`{name}`" for name, value in given.items() if value is not None]
+    if not names:
+        raise RequestError("`prompt`, `input_ids` or `input_embeds` must be given.")
+    if len(names) > 1:
+        listed = " and ".join(names)
+        raise RequestError(
+            f"{listed} are {'both ' * (len(names) == 2)}given; leave all but one out."
+        )
+    if prompt is not None:
+        is_list = not isinstance(prompt, str)
+        texts = _texts(prompt, is_list, tokenizer)
+        return texts, [None] * len(texts), [None] * len(texts), is_list
+    if input_ids is not None:
+        is_list = _is_list_of_prompts(input_ids)
+        ids = _id_rows(input_ids, is_list, vocab_size)
+        return [None] * len(ids), ids, [None] * len(ids), is_list
+    embeds, is_list = _embeds(input_embeds, hidden_size)
+    return [None] * len(embeds), [np.full(len(x), -1, np.int32) for x in embeds], embeds, is_list
+
+
+def _embeds(value: Any, hidden_size: int) -> tuple[list[np.ndarray], bool]:
+    """Float32 [tokens, D] of every prompt, and whether there is a list of them."""
+
+    def depth(x: Any) -> int:
+        if hasattr(x, "ndim"):
+            return x.ndim
+        return 1 + depth(x[0]) if isinstance(x, list | tuple) and x else 0
+
+    is_list = depth(value) == 3 or (isinstance(value, list | tuple) and not value)
+    rows = []
+    for i, row in enumerate(value if is_list else [value]):
+        try:
+            array = np.asarray(row, np.float32)
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"{_place('input_embeds', i, is_list)}: {error}.") from None
+        if array.ndim != 2 or not len(array) or array.shape[1] != hidden_size:
+            raise RequestError(
+                f"{_place('input_embeds', i, is_list)} must be an array [tokens, {hidden_size}] "
+                f"with at least one token, got shape {array.shape}."
+            )
+        if not np.isfinite(array).all():
+            raise RequestError(f"{_place('input_embeds', i, is_list)} must be finite.")
+        rows.append(array)
+    return rows, is_list
+
+
+def _hidden_states(value: Any, count: int, is_list: bool) -> list[HiddenStates | None]:
+    kinds: dict[Any, HiddenStates | None] = {
+        None: None,
+        False: None,
+        True: "all",
+        "last": "last",
+        "mean": "mean",
+    }
+    wanted = _spread("return_hidden_states", value, count, is_list)
+    for i, kind in enumerate(wanted):
+        if not isinstance(kind, Hashable) or kind not in kinds:
+            place = _place("return_hidden_states", i, is_list)
+            raise RequestError(f'{place} must be True, False, "last" or "mean", got {kind!r}.')
+    return [kinds[kind] for kind in wanted]
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise RequestError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def _texts(prompt: Any, is_list: bool, tokenizer: Any) -> list[str]:

@@ -17,6 +17,18 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROB_IDS = 64
 """Most token ids whose logprobs one request may ask for."""
 
+WEIGHTS_ID = "weights"
+"""Name of the leaf that says of every token which weights it was drawn with."""
+
+HIDDEN = "hidden"
+"""Name of the leaf with hidden states, of prompt tokens and of tokens drawn."""
+
+type HiddenStates = Literal["all", "last", "mean"]
+"""Which hidden states a request reports: of every token, of the last, or their mean."""
+
+type HiddenFormat = Literal["numpy", "sglang"]
+"""In which form: an array, or SGLang's nested lists."""
+
 DRAW_ERRORS = {
     -2: "the model gave NaN logits; check its weights and dtype",
     -3: "the sampler left no token to draw, or drew one outside the vocabulary",
@@ -100,6 +112,10 @@ class SequenceRequest:
       logprob_ids: Tokens carry the logprobs of these ids.
       logprob_start: Prompt tokens from this one on carry theirs, the first token of all excepted;
         None for none. The prefix cache is used up to there.
+      hidden_states: Which hidden states are reported, if any; those of all tokens leave the prefix
+        cache unused for the prompt.
+      embeds: Float [prompt tokens, D], what stands for the prompt's embeddings; its ids mean
+        nothing then.
       cache_namespace: Prefixes are shared only among those with the same one; any hashable value.
       priority: Who is more urgent, where the policy asks for it.
       timeout_s: Longest time from its queueing to its end; None for no limit.
@@ -123,6 +139,8 @@ class SequenceRequest:
     num_top_logprobs: int = 0
     logprob_ids: tuple[int, ...] = ()
     logprob_start: int | None = None
+    hidden_states: HiddenStates | None = None
+    embeds: np.ndarray | None = None
     cache_namespace: Hashable = None
     priority: int = 0
     timeout_s: float | None = None
@@ -131,6 +149,11 @@ class SequenceRequest:
     def wants_lists(self) -> bool:
         """Tokens carry logprobs of others than themselves."""
         return bool(self.num_top_logprobs or self.logprob_ids)
+
+    @property
+    def feeds_last(self) -> bool:
+        """Its last token, too, is fed to the model, for its hidden state."""
+        return self.hidden_states is not None and self.max_new_tokens > 0
 
 
 class SequenceUpdate(NamedTuple):

@@ -6,6 +6,8 @@ Neither knows the Engine, so an Engine that nobody holds can be collected, and s
 import contextlib
 import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -35,6 +37,9 @@ class Worker:
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._updates: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._outputs: dict[int, Output] = {}
+        # Calls that are not due yet, and what must not overtake them.
+        self._waiting: deque[tuple[Callable[[], bool], Command]] = deque()
+        self._held: list[Command] = []
         self._is_stopping = False
         self.is_dead = False
         # Held while `is_dead` changes, and while outputs are registered before that.
@@ -65,7 +70,7 @@ class Worker:
             self._check_alive()
             # First of all, so that a request the engine never sees still learns of its end.
             self._updates.put(requests)
-            self._inbox.put(add)
+            self._inbox.put(lambda: self._held.append(add) if self._waiting else add())
 
     def finish(self, update: SequenceUpdate) -> None:
         """Ends a sequence at the next window end, with this as its last update."""
@@ -76,8 +81,14 @@ class Worker:
 
         self._inbox.put(finish)
 
-    def call(self, function: Callable[[], Any]) -> Future:
-        """Runs a function between two steps, in the engine thread."""
+    def call(self, function: Callable[[], Any], is_due: Callable[[], bool] | None = None) -> Future:
+        """Runs a function between two steps, in the engine thread.
+
+        Args:
+          function: What to run.
+          is_due: Asked after every step whether it may run now; sequences that are submitted
+            meanwhile wait for it.
+        """
         self._check_alive()
         future: Future = Future()
 
@@ -87,7 +98,7 @@ class Worker:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._inbox.put(run)
+        self._inbox.put(run if is_due is None else lambda: self._waiting.append((is_due, run)))
         return future
 
     def close(self) -> None:
@@ -129,6 +140,7 @@ class Worker:
     def _drain_inbox(self) -> bool:
         """Runs waiting commands; blocks while there is nothing else to do. False to stop."""
         while True:
+            self._run_due()
             with contextlib.suppress(queue.Empty):
                 command = self._inbox.get(block=not self._core.has_work)
                 if command is None or self._is_stopping:
@@ -137,6 +149,14 @@ class Worker:
                 continue
             return True
 
+    def _run_due(self) -> None:
+        while self._waiting and self._waiting[0][0]():
+            self._waiting.popleft()[1]()
+        if not self._waiting and self._held:
+            held, self._held = self._held, []
+            for command in held:
+                command()
+
     def _run_text(self) -> None:
         while True:
             message = self._updates.get()
@@ -144,12 +164,14 @@ class Worker:
                 for seq_id, output in list(self._outputs.items()):
                     output.push(SequenceUpdate(seq_id, [], error=message))
                 return
+            started = time.perf_counter()
             for item in message:
                 if isinstance(item, SequenceUpdate):
                     self._deliver(item)
                 else:
                     request, output = item
                     self._outputs[request.seq_id] = output
+            self._core.seconds["text"] += time.perf_counter() - started
 
     def _deliver(self, update: SequenceUpdate) -> None:
         output = self._outputs.get(update.seq_id)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from jaxengine.errors import RequestError
 from jaxengine.params import (
-    UNSUPPORTED_PARAMS,
     ParsedParams,
     SamplingParams,
     derive_seed,
@@ -201,13 +200,6 @@ def test_unknown_names_are_type_errors_with_the_nearest(name: str, near: str):
 def test_the_arrays_behind_logit_bias_are_no_keys():
     with pytest.raises(TypeError, match="Unknown sampling parameter"):
         parse({"logit_bias_ids": [1]})
-
-
-@pytest.mark.parametrize("name", sorted(UNSUPPORTED_PARAMS))
-def test_known_names_without_a_feature_are_refused_unless_empty(name: str):
-    assert parse({name: None}).params == SamplingParams()
-    with pytest.raises(RequestError, match=f"`{name}` of prompt 3 is not supported"):
-        parse({name: "x"})
 
 
 def test_without_a_tokenizer_text_stops_are_refused():

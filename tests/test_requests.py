@@ -24,6 +24,8 @@ def call(prompt=None, sampling_params=None, input_ids=None, **others) -> ParsedC
         others=others,
         specs=SPECS,
         vocab_size=10,
+        hidden_size=4,
+        max_top_logprobs=5,
         tokenizer=tokenizer,
     )
 
@@ -79,7 +81,7 @@ def test_logprob_flags_spread():
 
 
 BAD_CALLS = [
-    ({}, "`prompt` or `input_ids` must be given."),
+    ({}, "`prompt`, `input_ids` or `input_embeds` must be given."),
     ({"prompt": "a", "input_ids": [1]}, "`prompt` and `input_ids` are both given"),
     ({"prompt": ""}, "`prompt` is empty"),
     ({"prompt": ["a", ""]}, "Prompt 1 is empty"),
@@ -119,11 +121,8 @@ BAD_CALLS = [
         {"prompt": ["a"], "return_logprob": [True] * 2},
         "`return_logprob` has 2 entries for 1 prompts",
     ),
-    ({"prompt": "a", "lora_path": "x"}, "`lora_path` is not supported by jaxengine yet"),
-    ({"prompt": "a", "logprob_start_len": 0}, "`logprob_start_len` is not supported"),
-    ({"prompt": "a", "top_logprobs_num": 2}, "`top_logprobs_num` is not supported"),
+    ({"prompt": "a", "lora_path": "x"}, "`lora_path` is not supported: LoRA"),
     ({"prompt": "a", "image_data": np.ones(3)}, "`image_data` is not supported"),
-    ({"prompt": "a", "return_hidden_states": "last"}, "`return_hidden_states` is not supported"),
 ]
 
 
@@ -138,10 +137,6 @@ def test_defaults_of_unsupported_arguments_are_accepted():
         ["a", "b"],
         image_data=None,
         lora_path=[None, None],
-        logprob_start_len=-1,
-        top_logprobs_num=0,
-        token_ids_logprob=[],
-        return_hidden_states=False,
         session_params=None,
         priority=None,
     ).requests

@@ -1,4 +1,4 @@
-"""The command: `python -m jaxengine.bench w1 w2 --json`."""
+"""The command: `python -m jaxengine.bench w1 w2 --json`, and `... report` for README."""
 
 import argparse
 import difflib
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jaxengine.bench import startup
+from jaxengine.bench import report, startup
 from jaxengine.bench.measure import Options
 from jaxengine.bench.roofline import Peaks
 from jaxengine.bench.run import run
@@ -21,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == [startup.CHILD]:
         startup.run_child(json.loads(argv[1]))
         return 0
+    if argv == ["report"]:
+        return report.main()
     names, options = parse(argv)
     return run(names, options)
 
@@ -62,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m jaxengine.bench",
         description="Times the engine with random weights, token ids in and out. Every result is "
         "one line, with the checks made in the same run; the exit code is 1 if any failed.",
-        epilog="workloads:\n" + "\n".join(described),
+        epilog="report alone renews README from the result files.\n\nworkloads:\n"
+        + "\n".join(described),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("workloads", nargs="+", metavar="WORKLOAD", help="see the list below")

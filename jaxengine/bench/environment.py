@@ -32,7 +32,8 @@ def describe(device: dict[str, Any], commit: str | None) -> dict[str, Any]:
         },
         "python": platform.python_version(),
         "host": platform.platform(),
-        "num_cpus": os.cpu_count(),
+        "cpu": cpu_name(),
+        "num_cpus": len(os.sched_getaffinity(0)),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "commit": commit or found,
         "is_dirty": None if commit else is_dirty,
@@ -52,6 +53,14 @@ def describe_device() -> dict[str, Any]:
         "device_kind": device.device_kind,
         "num_devices": jax.device_count(),
     }
+
+
+def cpu_name() -> str:
+    """The processor's name, where the kernel tells it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 @functools.cache

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from jaxengine import Engine
+from jaxengine.bench import checks
+from jaxengine.bench.calls import Call
+from jaxengine.bench.plain import PlainModel
 from jaxengine.bench.roofline import UNKNOWN_PEAKS, Lengths, Peaks, Roofline, compare
 from jaxengine.bench.shapes import write_config
-from jaxengine.bench.workloads import WORKLOADS, Call, Workload, check_outputs
+from jaxengine.bench.workloads import WORKLOADS, Workload
 
 SHOWN_SETTINGS = (
     "context_length",
@@ -24,6 +27,9 @@ SHOWN_SETTINGS = (
     "prefill_buckets",
 )
 """Settings every result names as they were resolved."""
+
+MAX_WARMUPS = 6
+"""Untimed passes after which a workload that still compiles something is an error."""
 
 type Output = Mapping[str, Any]
 
@@ -66,11 +72,15 @@ class Subject(NamedTuple):
       engine: It.
       shape: Name of its model shape.
       startup: Seconds its start took, and what it says of them.
+      plain: The same model by the plain path.
+      tolerance: In which the two must agree, in nats.
     """
 
     engine: Engine
     shape: str
     startup: dict[str, Any]
+    plain: PlainModel
+    tolerance: float
 
 
 class Pass(NamedTuple):
@@ -99,7 +109,7 @@ def open_engine(shape: str, options: Options) -> Subject:
     started = time.perf_counter()
     engine = make_engine(shape, options.dtype, options.settings, options.cache_dir)
     built = time.perf_counter()
-    engine.wait_until_compiled()
+    engine.wait_until_compiled(background=True)
     stats = engine.stats()
     startup = {
         "build_s": built - started,
@@ -107,7 +117,9 @@ def open_engine(shape: str, options: Options) -> Subject:
         "engine": stats["startup_seconds"],
         "programs": stats["programs"],
     }
-    return Subject(engine, shape, startup)
+    tolerance = checks.TOLERANCES[engine.config.dtype]
+    plain = PlainModel(engine.model_config, engine.params, tolerance)
+    return Subject(engine, shape, startup, plain, tolerance)
 
 
 def make_engine(
@@ -118,6 +130,7 @@ def make_engine(
         return Engine(
             str(write_config(shape, Path(folder))),
             load_format="dummy",
+            disable_radix_cache=True,
             skip_tokenizer_init=True,
             dtype=dtype,
             executable_cache=cache_dir is not None,
@@ -135,7 +148,7 @@ def generate(engine: Engine, call: Call) -> list[Output]:
         engine.generate(
             input_ids=call.input_ids,
             sampling_params=call.sampling_params,
-            return_logprob=call.return_logprob,
+            **call.arguments,
         ),
     )
 
@@ -156,6 +169,24 @@ def run_pass(engine: Engine, calls: Sequence[Call]) -> Pass:
     }
     host = {name: value - before["seconds"][name] for name, value in after["seconds"].items()}
     return Pass(seconds, outputs, counters, host)
+
+
+def warm_up(engine: Engine, calls: Sequence[Call]) -> Pass:
+    """Untimed passes until nothing more is compiled for them; the last of them.
+
+    A sampler that calls bring along begins in split form, and its fused form is compiled as it is
+    used.
+
+    Raises:
+      RuntimeError: If there is no end to it.
+    """
+    for _ in range(MAX_WARMUPS):
+        num_before = engine.stats()["programs"]["num_programs"]
+        warmup = run_pass(engine, calls)
+        engine.wait_until_compiled(background=True)
+        if engine.stats()["programs"]["num_programs"] == num_before:
+            return warmup
+    raise RuntimeError(f"Programs were still compiled in untimed pass {MAX_WARMUPS}.")
 
 
 def profile(engine: Engine, calls: Sequence[Call], folder: Path) -> None:
@@ -181,7 +212,7 @@ def measure(name: str, subject: Subject, options: Options, peaks: Peaks) -> dict
     workload, engine = WORKLOADS[name], subject.engine
     calls = workload.calls(options.scale, engine.model_config.vocab_size)
     started = time.perf_counter()
-    warmup = run_pass(engine, calls)
+    warmup = warm_up(engine, calls)
     warmup_s = time.perf_counter() - started
     passes = [run_pass(engine, calls) for _ in range(options.runs)]
     trace = None if options.profile_dir is None else Path(options.profile_dir) / name
@@ -191,7 +222,7 @@ def measure(name: str, subject: Subject, options: Options, peaks: Peaks) -> dict
     seconds = [metric.seconds(p.call_seconds) for p in passes]
     middle = passes[seconds.index(statistics.median_low(seconds))]
     runs = [metric.value(s, call) for s in seconds]
-    checks, agreement = _check(workload, subject, calls, warmup, passes)
+    held, agreement = _check(workload, subject, calls, warmup, passes)
     return {
         "workload": name,
         "title": workload.title,
@@ -209,7 +240,7 @@ def measure(name: str, subject: Subject, options: Options, peaks: Peaks) -> dict
         "counters": middle.counters,
         "host_seconds": middle.host_seconds,
         "roofline": _roofline(workload, subject, calls, middle, peaks),
-        "checks": checks,
+        "checks": held,
         "agreement": agreement,
         "profile": None if trace is None else str(trace),
     }
@@ -237,25 +268,36 @@ def _check(
     engine, call = subject.engine, calls[-1]
     vocab_size = engine.model_config.vocab_size
     results = [
-        check_outputs(one, outputs, vocab_size)
+        checks.check_outputs(one, outputs, vocab_size)
         for p in (warmup, *passes)
         for one, outputs in zip(calls, p.outputs, strict=True)
     ]
-    checks = {name: all(r.get(name, True) for r in results) for r in results for name in r}
+    held = {name: all(r.get(name, True) for r in results) for r in results for name in r}
     replays = [_share_equal(warmup.ids[-1], p.ids[-1]) for p in passes]
-    first = Call(call.input_ids[:1], call.sampling_params[:1], call.return_logprob)
-    alone = [output["output_ids"] for output in generate(engine, first)]
+    alone = [output["output_ids"] for output in generate(engine, call.first(1))]
     agreement = {"replay": min(replays), "alone": _share_equal(alone, warmup.ids[-1][:1])}
+    held["plain_path_ran"] = True
+    try:
+        judged = checks.judged_call(call, engine.config.max_running_requests or 1)
+        outputs = generate(engine, judged)
+        comparison = checks.compare(judged, outputs, subject.plain, subject.tolerance)
+    except Exception as error:
+        # The oracle may need more memory than the engine leaves; what was timed is not lost.
+        traceback.print_exception(error)
+        held["plain_path_ran"] = False
+    else:
+        held |= comparison.checks
+        agreement |= comparison.numbers
     if workload.is_replayable:
-        checks["replays_identical"] = all(p.ids == warmup.ids for p in passes)
-        checks["calls_agree"] = all(
+        held["replays_identical"] = all(p.ids == warmup.ids for p in passes)
+        held["calls_agree"] = all(
             short == long[: len(short)]
             for ids in warmup.ids
             for short, long in zip(ids, warmup.ids[-1], strict=True)
         )
     if engine.config.dtype == "float32":
-        checks["alone_as_in_batch"] = agreement["alone"] == 1.0
-    return checks, agreement
+        held["alone_as_in_batch"] = agreement["alone"] == 1.0
+    return held, agreement
 
 
 def _share_equal(left: Sequence[Sequence[int]], right: Sequence[Sequence[int]]) -> float:

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxengine.bench.calls import Call, prompts, request_params, scaled
 from jaxengine.bench.environment import describe_device
 from jaxengine.bench.measure import Options, generate, make_engine, summarise
-from jaxengine.bench.workloads import DEFAULT_SHAPE, STARTUP, Call, prompts, request_params, scaled
+from jaxengine.bench.workloads import DEFAULT_SHAPE, STARTUP
 
 CHILD = "_start"
 """First argument of `python -m jaxengine.bench` in the process that is measured."""

@@ -1,38 +1,13 @@
-"""The workloads, as data: which requests are sent, and which number comes out. No jax, no engine.
-
-`scale` shrinks counts and lengths alike, so that all of them run in seconds on a CPU.
-"""
+"""The workloads, as data: which requests are sent, which number comes out. No jax, no engine."""
 
 import functools
-import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-MAX_PROMPT_ID = 10000
-"""Largest id in prompts, as in the bench of nano-vllm."""
+from jaxengine.bench.calls import Call, lockstep, mixed, single_stream, two_tokens, uniform
 
 DEFAULT_SHAPE = "qwen2.5-0.5b"
-
-
-class Call(NamedTuple):
-    """One `generate` call.
-
-    Attributes:
-      input_ids: Prompts.
-      sampling_params: One a prompt.
-      return_logprob: For all of them.
-    """
-
-    input_ids: list[list[int]]
-    sampling_params: list[dict[str, Any]]
-    return_logprob: bool = False
-
-    @property
-    def num_output_tokens(self) -> int:
-        """Tokens to generate in all."""
-        return sum(params["max_new_tokens"] for params in self.sampling_params)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +37,24 @@ TIME_PER_TOKEN = Metric(
     has_prefill=False,
 )
 """Calls: the prompt to its first token, then the same prompt to the last."""
+
+TIME_PER_STEP = Metric(
+    name="time_per_step",
+    unit="ms",
+    seconds=lambda seconds: seconds[1] - seconds[0],
+    value=lambda seconds, call: 1e3 * seconds / (call.num_output_tokens / len(call.input_ids) - 1),
+    has_prefill=False,
+)
+"""Calls: a batch to its first tokens, then the same batch to its last."""
+
+DECODE_RATE = Metric(
+    name="decode_tokens_per_s",
+    unit="tok/s",
+    seconds=lambda seconds: seconds[1] - seconds[0],
+    value=lambda seconds, call: (call.num_output_tokens - len(call.input_ids)) / seconds,
+    has_prefill=False,
+)
+"""The same, as tokens of all rows together."""
 
 TIME_TO_SECOND_TOKEN = Metric(
     name="time_to_second_token",
@@ -101,91 +94,54 @@ class Workload:
     is_replayable: bool = False
 
 
-def scaled(count: int, scale: float, least: int = 1) -> int:
-    """A count or length of a workload made smaller.
+class Variant(NamedTuple):
+    """A way of sampling.
 
-    >>> scaled(1024, 0.02)
-    20
+    Attributes:
+      params: Sampling parameters.
+      arguments: Makes the further arguments of `generate`.
+      note: What these are, for people.
     """
-    return max(least, round(count * scale))
+
+    params: Mapping[str, Any]
+    arguments: Callable[[], Mapping[str, Any]] = dict
+    note: str = ""
 
 
-def prompts(name: str, lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
-    """Random prompts, the same ones whenever the name is the same."""
-    rng = random.Random(name)
-    largest = min(MAX_PROMPT_ID, vocab_size - 1)
-    return [[rng.randint(0, largest) for _ in range(length)] for length in lengths]
+def _custom_sampler() -> Mapping[str, Any]:
+    from jaxengine.bench.custom import mirostat_like
+
+    return {"sampler": mirostat_like()}
 
 
-def request_params(index: int, max_new_tokens: int, **params: Any) -> dict[str, Any]:
-    """Sampling parameters of a request: a fixed length and a seed of its own."""
-    return {"max_new_tokens": max_new_tokens, "ignore_eos": True, "seed": index, **params}
-
-
-def single_stream(prompt_len: int, scale: float, vocab_size: int) -> list[Call]:
-    """One greedy request to its first token, and to its 513th."""
-    ids = prompts("single", [scaled(prompt_len, scale)], vocab_size)
-    lengths = (1, scaled(513, scale, least=2))
-    return [Call(ids, [request_params(0, n, temperature=0.0)]) for n in lengths]
-
-
-def two_tokens(prompt_len: int, scale: float, vocab_size: int) -> list[Call]:
-    """Twenty times one greedy request to its second token."""
-    ids = prompts("first", [scaled(prompt_len, scale)], vocab_size)
-    call = Call(ids, [request_params(0, 2, temperature=0.0)])
-    return [call] * scaled(20, scale, least=3)
-
-
-def mixed(scale: float, vocab_size: int) -> list[Call]:
-    """256 requests of 100 to 1,024 prompt and output tokens, drawn as nano-vllm draws them."""
-    rng = random.Random(0)
-    count = scaled(256, scale)
-    shortest, longest = scaled(100, scale), scaled(1024, scale)
-    largest = min(MAX_PROMPT_ID, vocab_size - 1)
-    ids = [
-        [rng.randint(0, largest) for _ in range(rng.randint(shortest, longest))]
-        for _ in range(count)
-    ]
-    lengths = [rng.randint(shortest, longest) for _ in range(count)]
-    params = [request_params(i, n, temperature=0.6) for i, n in enumerate(lengths)]
-    return [Call(ids, params)]
-
-
-def uniform(
-    count: int,
-    prompt_len: int,
-    output_len: int,
-    scale: float,
-    vocab_size: int,
-    *,
-    params: Mapping[str, Any],
-    return_logprob: bool = False,
-) -> list[Call]:
-    """Many requests of one size in a single call."""
-    count = scaled(count, scale)
-    ids = prompts("uniform", [scaled(prompt_len, scale)] * count, vocab_size)
-    new = scaled(output_len, scale, least=2)
-    rows = [request_params(i, new, **params) for i in range(count)]
-    return [Call(ids, rows, return_logprob)]
-
-
-SAMPLING_VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
-    "greedy": ({"temperature": 0.0}, False),
-    "temperature": ({"temperature": 0.8}, False),
-    "top_p": ({"temperature": 1.0, "top_p": 0.95}, False),
-    "filters": ({"temperature": 1.0, "top_p": 0.95, "top_k": 50, "min_p": 0.05}, False),
-    "penalties": (
-        {"temperature": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
-        False,
+SAMPLING_VARIANTS: dict[str, Variant] = {
+    "greedy": Variant({"temperature": 0.0}),
+    "temperature": Variant({"temperature": 0.8}),
+    "top_p": Variant({"temperature": 1.0, "top_p": 0.95}),
+    "filters": Variant({"temperature": 1.0, "top_p": 0.95, "top_k": 50, "min_p": 0.05}),
+    "penalties": Variant({"temperature": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.1}),
+    "custom": Variant({"temperature": 1.0}, _custom_sampler, "a user's mirostat"),
+    "logprobs": Variant({"temperature": 0.0}, lambda: {"return_logprob": True}, "token logprobs"),
+    "top_logprobs": Variant(
+        {"temperature": 0.0},
+        lambda: {"return_logprob": True, "top_logprobs_num": 20},
+        "top-20 logprobs",
     ),
-    "logprobs": ({"temperature": 0.0}, True),
+    "hidden_states": Variant(
+        {"temperature": 0.0},
+        lambda: {"return_hidden_states": True},
+        "hidden states of every token",
+    ),
 }
-"""Variant of W6 -> sampling parameters, and whether every token's logprob is asked for."""
+"""Variants of W6."""
+
+SWEPT_ROWS = (1, 4, 16, 64, 128, 256, 512)
+"""Batch sizes of the sweep."""
 
 
 def _stream(prompt_len: int, shape: str = DEFAULT_SHAPE) -> Workload:
     return Workload(
-        title=f"single stream, prompt {prompt_len:,}, greedy, 513 tokens",
+        title=f"one request, prompt {prompt_len:,}, 513 tokens, greedy: time per token",
         metric=TIME_PER_TOKEN,
         calls=functools.partial(single_stream, prompt_len),
         shape=shape,
@@ -195,7 +151,7 @@ def _stream(prompt_len: int, shape: str = DEFAULT_SHAPE) -> Workload:
 
 def _two_tokens(prompt_len: int) -> Workload:
     return Workload(
-        title=f"single request, prompt {prompt_len:,}, greedy, median of 20",
+        title=f"one request, prompt {prompt_len:,}, greedy: time to its second token",
         metric=TIME_TO_SECOND_TOKEN,
         calls=functools.partial(two_tokens, prompt_len),
         is_replayable=True,
@@ -203,25 +159,42 @@ def _two_tokens(prompt_len: int) -> Workload:
 
 
 def _uniform(
-    count: int,
-    prompt_len: int,
-    output_len: int,
-    params: Mapping[str, Any],
-    *,
-    return_logprob: bool = False,
-    shape: str = DEFAULT_SHAPE,
+    count: int, prompt_len: int, output_len: int, variant: Variant, shape: str = DEFAULT_SHAPE
 ) -> Workload:
-    said = ", ".join(f"{k} {v:g}" for k, v in params.items())
+    said = ", ".join(f"{k} {v:g}" for k, v in variant.params.items())
+    said += f", {variant.note}" if variant.note else ""
+    sizes = (count, prompt_len, output_len)
+
+    def calls(scale: float, vocab_size: int) -> list[Call]:
+        arguments = variant.arguments()
+        return uniform(*sizes, scale, vocab_size, params=variant.params, arguments=arguments)
+
     return Workload(
-        title=f"{count:,} x ({prompt_len} in, {output_len} out), {said}"
-        + ", token logprobs" * return_logprob,
+        title=f"{count:,} x ({prompt_len} in, {output_len} out), {said}",
         metric=OUTPUT_RATE,
-        calls=functools.partial(
-            uniform, count, prompt_len, output_len, params=params, return_logprob=return_logprob
-        ),
+        calls=calls,
         shape=shape,
     )
 
+
+def _lockstep(num_rows: int) -> Workload:
+    return Workload(
+        title=f"decode at batch {num_rows}, 128 in, 128 steps, greedy: time per step",
+        metric=TIME_PER_STEP,
+        calls=functools.partial(lockstep, num_rows, 128, 128),
+    )
+
+
+def _on_cpu(shape: str, num_rows: int, num_steps: int) -> Workload:
+    return Workload(
+        title=f"{shape} at batch {num_rows}, 32 in, {num_steps} steps, greedy",
+        metric=DECODE_RATE,
+        calls=functools.partial(lockstep, num_rows, 32, num_steps),
+        shape=shape,
+    )
+
+
+_SAMPLED = Variant({"temperature": 1.0})
 
 WORKLOADS: dict[str, Workload] = {
     "w1": _stream(32),
@@ -231,16 +204,22 @@ WORKLOADS: dict[str, Workload] = {
         metric=OUTPUT_RATE,
         calls=mixed,
     ),
-    "w3": _uniform(2048, 512, 256, {"temperature": 1.0}),
+    "w3": _uniform(2048, 512, 256, _SAMPLED),
     "w4_p32": _two_tokens(32),
     "w4_p1024": _two_tokens(1024),
     **{
-        f"{group}_{variant}": _uniform(count, 128, 256, params, return_logprob=return_logprob)
+        f"{group}_{name}": _uniform(count, 128, 256, variant)
         for group, count in (("w6", 256), ("w6b1", 1))
-        for variant, (params, return_logprob) in SAMPLING_VARIANTS.items()
+        for name, variant in SAMPLING_VARIANTS.items()
     },
+    **{f"sweep_b{num_rows}": _lockstep(num_rows) for num_rows in SWEPT_ROWS},
     "w7": _stream(32, shape="qwen2.5-7b"),
-    "w7b": _uniform(256, 512, 256, {"temperature": 1.0}, shape="qwen2.5-7b"),
+    "w7b": _uniform(256, 512, 256, _SAMPLED, shape="qwen2.5-7b"),
+    **{
+        f"cpu_{shape}_b{num_rows}": _on_cpu(shape, num_rows, num_steps)
+        for shape, num_steps in (("demo", 256), (DEFAULT_SHAPE, 32))
+        for num_rows in (1, 8)
+    },
 }
 """Every workload but W5, which runs in processes of its own."""
 
@@ -249,7 +228,7 @@ STARTUP = "w5"
 
 GROUPS: dict[str, list[str]] = {
     group: [name for name in WORKLOADS if name.startswith(f"{group}_")]
-    for group in ("w4", "w6", "w6b1")
+    for group in ("w4", "w6", "w6b1", "sweep", "cpu")
 }
 """Names that stand for several workloads."""
 
@@ -265,24 +244,3 @@ def expand(names: Sequence[str]) -> list[str]:
         if name not in WORKLOADS and name != STARTUP:
             raise KeyError(name)
     return expanded
-
-
-def check_outputs(
-    call: Call, outputs: Sequence[Mapping[str, Any]], vocab_size: int
-) -> dict[str, bool]:
-    """Checks of a call's outputs, by name; all must be True."""
-    ids = [output["output_ids"] for output in outputs]
-    metas = [output["meta_info"] for output in outputs]
-    wanted = [params["max_new_tokens"] for params in call.sampling_params]
-    checks = {
-        "lengths": [len(row) for row in ids] == wanted
-        and all(meta["finish_reason"]["type"] == "length" for meta in metas),
-        "ids_in_vocabulary": all(0 <= i < vocab_size for row in ids for i in row),
-        "nothing_cached": not any(meta["cached_tokens"] for meta in metas),
-    }
-    if call.return_logprob:
-        rows = [[entry[0] for entry in meta["output_token_logprobs"]] for meta in metas]
-        checks["logprobs"] = [len(row) for row in rows] == wanted and all(
-            math.isfinite(x) and x < 1e-3 for row in rows for x in row
-        )
-    return checks

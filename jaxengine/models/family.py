@@ -1,5 +1,7 @@
 """What a model family must tell: its config map, its module, and its weight names."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxengine.config import ModelConfig
+from jaxengine.nn.attention import ForwardContext
 
 type Params = dict[str, Any]
 """Nested dict of arrays: what jitted code sees of a module."""
@@ -66,6 +69,22 @@ class BoundModel:
         state = jax.tree.map(lambda leaf: leaf, self._state)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(self._graph, state)
+
+
+def run_layer(layer: nnx.Module, ctx: ForwardContext, *args: Any) -> Any:
+    """`layer(*args, ctx)`, traced and lowered once for all layers that differ in arrays alone.
+
+    XLA inlines the calls, so the compiled program is the same; tracing two dozen unrolled layers
+    is what a start would wait for.
+    """
+    graph, state = nnx.split(layer)
+    # A layer looks at no one else's residual stream, and jit keeps what it was called with.
+    return _run_layer(graph, dataclasses.replace(ctx, see=ForwardContext.see), state, *args)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_layer(graph: Any, ctx: ForwardContext, state: Any, *args: Any) -> Any:
+    return nnx.merge(graph, state)(*args, ctx)
 
 
 def _is_variable(value: object) -> bool:

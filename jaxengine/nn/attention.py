@@ -77,6 +77,27 @@ def paged_attention(
     return out, kv_pages
 
 
+def dense_attention(num_rows: int) -> Attend:
+    """Causal attention over `num_rows` packed rows of equal length, with a gradient and no cache.
+
+    What `ForwardContext.attend` is in training.
+    """
+
+    def attend(
+        q: Float[Array, "T N H"],
+        k: Float[Array, "T K H"],
+        v: Float[Array, "T K H"],
+        kv_pages: None,
+        meta: None,
+        ctx: "ForwardContext",
+    ) -> tuple[Float[Array, "T N H"], None]:
+        q_BSNH, k_BSKH, v_BSKH = (x.reshape(num_rows, -1, *x.shape[1:]) for x in (q, k, v))
+        out = jax.nn.dot_product_attention(q_BSNH, k_BSKH, v_BSKH, is_causal=True)
+        return out.reshape(q.shape), kv_pages
+
+    return attend
+
+
 @dataclass(frozen=True, kw_only=True)
 class ForwardContext:
     """Static choices of a forward pass.
@@ -86,11 +107,14 @@ class ForwardContext:
       kernels: Implementation asked of `pallas_kernels`; None is the best of the backend.
       attend: `attend(q, k, v, kv_pages, meta, ctx) -> (out, kv_pages)`; training swaps in a
         dense one.
+      see: `see(i, x)` is shown the residual stream [T, D] while it is traced: i = 0 is what goes
+        into the first layer, i = 1 what comes out of it, and so on.
     """
 
     mesh: Mesh | None = None
     kernels: Implementation | None = None
     attend: Attend = paged_attention
+    see: Callable[[int, Array], None] = lambda i, x: None
 
     def precision(self, dtype: jnp.dtype) -> jax.lax.Precision:
         """float32 means float32: without this a GPU would multiply in tf32."""

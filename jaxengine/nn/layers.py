@@ -34,8 +34,10 @@ def linear(
     return out.astype(x.dtype)
 
 
-def rms_norm(x: Float[Array, "T D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "T D"]:
-    """Root mean square norm, computed in float32.
+def rms_norm(
+    x: Float[Array, "*T D"], weight: Float[Array, " D"], eps: float
+) -> Float[Array, "*T D"]:
+    """Root mean square norm of the last axis, computed in float32.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
     """
@@ -73,11 +75,13 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """`rms_norm` with its weight."""
 
-    def __init__(self, features: int, *, eps: float, dtype: jnp.dtype) -> None:
-        self.weight = nnx.Param(jnp.ones((features,), dtype), axes=("embed",))
+    def __init__(
+        self, features: int, *, eps: float, dtype: jnp.dtype, axes: tuple[str] = ("embed",)
+    ) -> None:
+        self.weight = nnx.Param(jnp.ones((features,), dtype), axes=axes)
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         return rms_norm(x, self.weight[...], self.eps)
 
 

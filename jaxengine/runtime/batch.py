@@ -1,5 +1,6 @@
 """A plan as one packed int32 array: built on the host, taken apart on the device."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -119,13 +120,12 @@ NO_EDITS = Edits(*(np.zeros(0, np.int32) for _ in range(3)))
 def slot_edits(layout: TableLayout, new_rows: list[NewRow], page_writes: list[PageWrite]) -> Edits:
     """All changes a plan makes to the engine's own table."""
     edits = _edits(layout, [(row.slot, slot_values(row)) for row in new_rows])
-    pages = np.asarray(
-        [(layout.cell(w.slot, "page_table", w.index), w.page) for w in page_writes], np.int32
-    ).reshape(-1, 2)
+    flat = itertools.chain.from_iterable(page_writes)
+    slots, indices, pages = np.fromiter(flat, np.int32, 3 * len(page_writes)).reshape(-1, 3).T
     return Edits(
         edits.resets,
-        np.concatenate([edits.cells, pages[:, 0]]),
-        np.concatenate([edits.cell_values, pages[:, 1]]),
+        np.concatenate([edits.cells, layout.cell(slots, "page_table", indices)]),
+        np.concatenate([edits.cell_values, pages]),
     )
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxengine.errors import SamplerError
 from jaxengine.models.family import Params
 from jaxengine.runtime import batch, results
-from jaxengine.runtime.forward import Forward
+from jaxengine.runtime.forward import Forward, Hidden
 from jaxengine.runtime.results import ResultLayout
 from jaxengine.runtime.slots import HISTORY, TableLayout, sampler_layout
 from jaxengine.runtime.state import (
@@ -35,6 +35,7 @@ from jaxengine.sampling.context import SamplingContext, row_keys
 from jaxengine.sampling.logprobs import Wants
 from jaxengine.sampling.sampler import Sample, Sampler, SamplerState, init_state, sample
 from jaxengine.sampling.transforms import select_rows
+from jaxengine.types import HIDDEN
 
 
 class Results(NamedTuple):
@@ -78,6 +79,7 @@ class SamplerSteps:
       layout: Columns of the sampler's own table.
       group_size: Rows that are continued by the same tokens: a prompt and its companions.
       result: What is reported of a token.
+      row_state: Shapes of what the sampler keeps of a row.
       owner: Id of the programs compiled of it; 0 is the engine's own sampler.
     """
 
@@ -86,6 +88,7 @@ class SamplerSteps:
     layout: TableLayout
     group_size: int
     result: ResultLayout
+    row_state: SamplerState | None = None
     owner: int = 0
 
     @classmethod
@@ -113,15 +116,19 @@ class SamplerSteps:
                     f"The sampler's `update` turns state {a.dtype}{list(a.shape)} into "
                     f"{b.dtype}{list(b.shape)}; shape and dtype must stay as `init` gives them."
                 )
-        return dataclasses.replace(steps, result=ResultLayout(drawn.leaves))
+        row_state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), before)
+        return dataclasses.replace(steps, result=ResultLayout(drawn.leaves), row_state=row_state)
 
     @functools.cached_property
     def initial_seats(self) -> Seats:
         """Shapes of what the sampler keeps of all slots."""
         num_slots = self.forward.buckets.num_slots
-        _, state, _ = jax.eval_shape(self._try_out, *self._abstract_rows(num_slots))
+
+        def of_all(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((num_slots, *x.shape), x.dtype)
+
         table = jax.ShapeDtypeStruct((num_slots, self.layout.width), jnp.int32)
-        return Seats(table=table, state=state)
+        return Seats(table=table, state=jax.tree.map(of_all, self.row_state))
 
     def seat(self, seats: Seats, packed: Int[Array, " size"]) -> Seats:
         """Edits of the sampler's table alone."""
@@ -138,7 +145,7 @@ class SamplerSteps:
         *,
         num_tokens: int,
         num_pages: int,
-    ) -> tuple[DeviceState, Seats, Results, Float[Array, "T D"]]:
+    ) -> tuple[DeviceState, Seats, Results, Hidden]:
         """Runs packed chunks of several prompts, and draws the first token of those that end.
 
         Args:
@@ -159,18 +166,19 @@ class SamplerSteps:
         table = edit_table(self.layout, seats.table, plan, "seat_")
         rows = read_rows(state.slots, plan["slot_ids"])
         hidden, last, cursor, state = forward.run_prefill(params, state, rows, plan, num_pages)
-        logits = forward.model.bind(params).logits(hidden[last], forward.ctx)
+        drawn_from = hidden.final[last]
+        logits = forward.model.bind(params).logits(drawn_from, forward.ctx)
         group = self._group(rows, table, jnp.arange(len(last)))
         before = gather(seats.state, rows.slot_ids)
         drawn, after, end = self._draw(
-            group, cursor, logits, hidden[last], state.token_counts, before, arrays, begins=True
+            group, cursor, logits, drawn_from, state.token_counts, before, arrays, begins=True
         )
         drawing = jnp.where(cursor.is_done, batch.DROPPED, rows.slot_ids)
         state = dataclasses.replace(
             state, slots=forward.layout.write(state.slots, drawing, end._asdict())
         )
         seats = Seats(table=table, state=scatter(seats.state, drawing, after))
-        return state, seats, self._one_step(drawn, cursor), hidden
+        return state, seats, self._one_step(drawn), hidden
 
     def decode(
         self,
@@ -182,6 +190,7 @@ class SamplerSteps:
         *,
         num_rows: int,
         num_pages: int,
+        has_hidden: bool = False,
     ) -> tuple[DeviceState, Seats, Results]:
         """A window: up to `num_steps` tokens for every row, until all rows are done.
 
@@ -193,6 +202,7 @@ class SamplerSteps:
           packed: `batch.pack_decode`.
           num_rows: Bucket of the batch.
           num_pages: Bucket of pages a sequence may have.
+          has_hidden: Report the hidden state of every token fed, the last of a row included.
 
         Returns:
           What was donated, and the results of the window.
@@ -204,28 +214,33 @@ class SamplerSteps:
         rows = read_rows(state.slots, plan["slot_ids"])
         group = self._group(rows, seats.table, plan["leaders"])
         model = forward.model.bind(params)
+        layout = self.window_result(has_hidden=has_hidden)
 
         def step(w: _Window) -> _Window:
             hidden, kv_cache, counts = forward.run_decode(
                 params, w.kv_cache, w.token_counts, rows, w.cursor, num_pages
             )
-            logits = model.logits(hidden, forward.ctx)
+            logits = model.logits(hidden.final, forward.ctx)
             drawn, sampler, cursor = self._draw(
                 group,
                 w.cursor,
                 logits,
-                hidden,
+                hidden.final,
                 counts,
                 w.sampler,
                 arrays,
                 # Alone, a sequence begins in a prefill.
                 begins=self.group_size > 1,
+                feeds_last=has_hidden,
             )
+            reported = _reported(drawn)
+            if has_hidden:
+                reported[HIDDEN] = hidden.reported
             out = {
                 name: jax.lax.dynamic_update_slice(
                     w.out[name], value[:, None], (0, w.step, *(0,) * (value.ndim - 1))
                 )
-                for name, value in self._reported(drawn, w.cursor).items()
+                for name, value in reported.items()
             }
             return _Window(w.step + 1, cursor, kv_cache, counts, sampler, out)
 
@@ -238,7 +253,7 @@ class SamplerSteps:
                 kv_cache=state.kv_cache,
                 token_counts=state.token_counts,
                 sampler=gather(seats.state, rows.slot_ids),
-                out=self.result.empty(num_rows, forward.buckets.max_window_steps),
+                out=layout.empty(num_rows, forward.buckets.max_window_steps),
             ),
         )
         columns = {**end.cursor._asdict(), "num_counted": end.cursor.position}
@@ -248,7 +263,15 @@ class SamplerSteps:
             token_counts=end.token_counts,
         )
         seats = dataclasses.replace(seats, state=scatter(seats.state, rows.slot_ids, end.sampler))
-        return state, seats, self._pack(end.out)
+        return state, seats, _pack(end.out, layout)
+
+    def window_result(self, *, has_hidden: bool) -> ResultLayout:
+        """What a window reports of a token."""
+        if not has_hidden:
+            return self.result
+        shape, dtype = self.forward.reported_shape, self.forward.model.dtype
+        hidden = jax.ShapeDtypeStruct(shape, dtype)
+        return self.result.having({HIDDEN: hidden})
 
     def draw(
         self,
@@ -286,7 +309,7 @@ class SamplerSteps:
         drawing = jnp.where(cursor.is_done, batch.DROPPED, rows.slot_ids)
         slots = self.forward.layout.write(slots, drawing, end._asdict())
         seats = dataclasses.replace(seats, state=scatter(seats.state, drawing, after))
-        return slots, seats, self._one_step(drawn, cursor)
+        return slots, seats, self._one_step(drawn)
 
     # -- parts of a step, traced into it
 
@@ -304,9 +327,19 @@ class SamplerSteps:
         arrays: Any,
         *,
         begins: bool,
+        feeds_last: bool = True,
     ) -> tuple[Sample, SamplerState, Cursor]:
-        """One token for every row that is not done, and where the rows stand then."""
+        """One token for every row that is not done, and where the rows stand then.
+
+        Where `feeds_last`, rows may be there that feed their last token, too: these are done a
+        step later, in which they draw nothing.
+        """
         forward, rows, active = self.forward, group.rows, ~cursor.is_done
+        feeding_last = jnp.zeros_like(active)
+        if feeds_last:
+            had_drawn = active & (cursor.num_generated > 0)
+            feeding_last = had_drawn & forward.is_finished(rows, cursor.token, cursor.num_generated)
+        active &= ~feeding_last
         with jax.named_scope("sample"):
             ctx = self._context(group, cursor, hidden, token_counts, arrays)
             if begins:
@@ -322,12 +355,16 @@ class SamplerSteps:
             drawn, after = sample(self.sampler, logits, state, ctx, wants, self._members(group))
         num_generated = cursor.num_generated + active
         is_finished = active & forward.is_finished(rows, drawn.token, num_generated)
+        if feeds_last:
+            is_failed = drawn.token < 0
+            is_finished &= is_failed | (forward.column(rows, "feeds_last") == 0)
         moved = Cursor(
             token=jnp.where(active, drawn.token, cursor.token),
             position=cursor.position + active,
             num_generated=num_generated,
-            is_done=cursor.is_done | is_finished,
+            is_done=cursor.is_done | is_finished | feeding_last,
         )
+        drawn = drawn._replace(token=jnp.where(active, drawn.token, -1))
         return drawn, select_rows(active, after, state), moved
 
     def _members(self, group: _Group) -> Int[Array, "B G"] | None:
@@ -365,17 +402,9 @@ class SamplerSteps:
             arrays=arrays,
         )
 
-    def _reported(self, drawn: Sample, cursor: Cursor) -> dict[str, Array]:
-        token = jnp.where(cursor.is_done, -1, drawn.token)
-        return {results.TOKEN: token, **results.flatten(drawn.leaves)}
-
-    def _one_step(self, drawn: Sample, cursor: Cursor) -> Results:
-        reported = self._reported(drawn, cursor)
-        return self._pack({name: value[:, None] for name, value in reported.items()})
-
-    def _pack(self, out: dict[str, Array]) -> Results:
-        layout = self.result
-        return Results(results.pack(out, layout.always), results.pack(out, layout.on_demand))
+    def _one_step(self, drawn: Sample) -> Results:
+        reported = _reported(drawn)
+        return _pack({name: value[:, None] for name, value in reported.items()}, self.result)
 
     def _abstract_rows(self, num_rows: int) -> tuple[Any, ...]:
         """Shapes of a step's rows, for `_try_out`."""
@@ -405,3 +434,11 @@ class SamplerSteps:
             group, cursor, logits, hidden, counts, state, arrays, begins=False
         )
         return drawn, state, after
+
+
+def _reported(drawn: Sample) -> dict[str, Array]:
+    return {results.TOKEN: drawn.token, **results.flatten(drawn.leaves)}
+
+
+def _pack(out: dict[str, Array], layout: ResultLayout) -> Results:
+    return Results(results.pack(out, layout.always), results.pack(out, layout.on_demand))

@@ -5,7 +5,7 @@ Pure functions of (params, state, packed plan). `Forward` binds what is static.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,30 @@ SCORED_TOKENS = 256
 """Prompt tokens whose logits exist at once while their logprobs are computed."""
 
 
+class Embeds(NamedTuple):
+    """Embeddings that stand for ids: of which tokens, and what they are."""
+
+    is_given: Bool[Array, " T"]
+    values: Float[Array, "T D"]
+
+
+class Hidden(NamedTuple):
+    """Hidden states of a step's tokens.
+
+    Attributes:
+      final: After the final norm.
+      layers: Of the layers asked for; None when these are all that can be.
+    """
+
+    final: Float[Array, "T D"]
+    layers: Float[Array, "T layers D"] | None
+
+    @property
+    def reported(self) -> Any:
+        """What `return_hidden_states` gives."""
+        return self.final if self.layers is None else self.layers
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Forward:
     """The compiled steps that draw nothing.
@@ -42,6 +66,9 @@ class Forward:
       buckets: All static sizes.
       ctx: Mesh and kernels.
       num_top: Most likely tokens that can be listed.
+      layers: Which hidden states are reported, as transformers counts them: 0 is the embeddings,
+        i what comes out of layer i, the number of layers that after the final norm. () is the
+        last of these alone, with no axis for it.
     """
 
     model: BoundModel
@@ -49,6 +76,13 @@ class Forward:
     buckets: Buckets
     ctx: ForwardContext
     num_top: int
+    layers: tuple[int, ...] = ()
+
+    @property
+    def reported_shape(self) -> tuple[int, ...]:
+        """Shape of a token's hidden states."""
+        size = self.model.config.hidden_size
+        return (len(self.layers), size) if self.layers else (size,)
 
     def admit(self, state: DeviceState, packed: Int[Array, " size"]) -> DeviceState:
         """Edits of the slot table alone, for plans whose own room is too small."""
@@ -62,30 +96,34 @@ class Forward:
         *,
         num_tokens: int,
         num_pages: int,
-    ) -> tuple[DeviceState, Float[Array, "R V"], Float[Array, "R D"], Float[Array, "T D"]]:
+        embeds: Embeds | None = None,
+    ) -> tuple[DeviceState, Float[Array, "B V"], Float[Array, "B D"], Hidden]:
         """Runs packed chunks of several prompts.
 
         Args:
           params: The model's arrays.
           state: Donated.
           packed: `batch.pack_prefill`.
+          embeds: In place of the embeddings of some ids.
           num_tokens: Bucket of the packed length.
           num_pages: Bucket of pages a sequence may have.
 
         Returns:
           The new state, in which rows that draw stand before their first token; logits and
-          hidden state of every row's last token; hidden states of all tokens.
+          hidden state of every row's last token, padded to `Buckets.split_rows`; hidden states of
+          all tokens.
         """
         plan = batch.prefill_packing(self.buckets, num_tokens).unpack(packed)
         state = self.edit(state, plan)
         rows = read_rows(state.slots, plan["slot_ids"])
-        hidden, last, cursor, state = self.run_prefill(params, state, rows, plan, num_pages)
+        hidden, last, cursor, state = self.run_prefill(params, state, rows, plan, num_pages, embeds)
         drawing = jnp.where(cursor.is_done, batch.DROPPED, rows.slot_ids)
         state = dataclasses.replace(
             state, slots=self.layout.write(state.slots, drawing, cursor._asdict())
         )
-        model = self.model.bind(params)
-        return state, model.logits(hidden[last], self.ctx), hidden[last], hidden
+        last = jnp.pad(last, (0, self.buckets.split_size(len(last)) - len(last)))
+        drawn_from = hidden.final[last]
+        return state, self.model.bind(params).logits(drawn_from, self.ctx), drawn_from, hidden
 
     def decode(
         self,
@@ -95,7 +133,7 @@ class Forward:
         *,
         num_rows: int,
         num_pages: int,
-    ) -> tuple[DeviceState, Float[Array, "B V"], Float[Array, "B D"]]:
+    ) -> tuple[DeviceState, Float[Array, "B V"], Hidden]:
         """One step of every row: the new state, logits and hidden states; nothing is drawn."""
         plan = batch.decode_packing(self.buckets, num_rows).unpack(packed)
         state = self.edit(state, plan)
@@ -110,7 +148,7 @@ class Forward:
             slots=self.layout.write(state.slots, rows.slot_ids, fed),
             token_counts=counts,
         )
-        return state, self.model.bind(params).logits(hidden, self.ctx), hidden
+        return state, self.model.bind(params).logits(hidden.final, self.ctx), hidden
 
     def score(
         self,
@@ -183,8 +221,14 @@ class Forward:
         )
 
     def run_prefill(
-        self, params: Params, state: DeviceState, rows: Rows, plan: Segments, num_pages: int
-    ) -> tuple[Float[Array, "T D"], Int[Array, " R"], Cursor, DeviceState]:
+        self,
+        params: Params,
+        state: DeviceState,
+        rows: Rows,
+        plan: Segments,
+        num_pages: int,
+        embeds: Embeds | None = None,
+    ) -> tuple[Hidden, Int[Array, " R"], Cursor, DeviceState]:
         """Hidden states of all tokens, the place of each row's last, and where the rows stand.
 
         Rows that draw nothing now are done in the cursor.
@@ -207,8 +251,7 @@ class Forward:
             write_offsets=position % self.buckets.page_size,
             is_decode=False,
         )
-        model = self.model.bind(params)
-        hidden, kv_cache = model(token_ids, position, state.kv_cache, meta, self.ctx)
+        hidden, kv_cache = self._run(params, token_ids, position, state.kv_cache, meta, embeds)
 
         # After a preemption outputs are fed again, but have been counted.
         num_counted = self.column(rows, "num_counted")
@@ -243,7 +286,7 @@ class Forward:
         rows: Rows,
         cursor: Cursor,
         num_pages: int,
-    ) -> tuple[Float[Array, "B D"], list[Any], Int[Array, "S V"]]:
+    ) -> tuple[Hidden, list[Any], Int[Array, "S V"]]:
         """Feeds every row's last token: hidden states, KV cache, token counts."""
         page_size, num_rows = self.buckets.page_size, cursor.token.shape[0]
         page_table = self.column(rows, "page_table")[:, :num_pages]
@@ -259,11 +302,34 @@ class Forward:
             write_offsets=cursor.position % page_size,
             is_decode=True,
         )
-        model = self.model.bind(params)
-        hidden, kv_cache = model(cursor.token, cursor.position, kv_cache, meta, self.ctx)
+        hidden, kv_cache = self._run(params, cursor.token, cursor.position, kv_cache, meta)
         is_output = cursor.position >= self.column(rows, "prompt_len")
         counts = count_tokens(counts, rows.slot_ids, cursor.token, active & is_output, unique=True)
         return hidden, kv_cache, counts
+
+    def _run(
+        self,
+        params: Params,
+        token_ids: Int[Array, " T"],
+        position: Int[Array, " T"],
+        kv_cache: list[Any],
+        meta: AttentionMetadata,
+        embeds: Embeds | None = None,
+    ) -> tuple[Hidden, list[Any]]:
+        """The model, and the hidden states that are reported of it."""
+        model, ctx = self.model.bind(params), self.ctx
+        tokens = token_ids
+        if embeds is not None:
+            embedded = model.embed(token_ids)
+            tokens = jnp.where(embeds.is_given[:, None], embeds.values, embedded)
+        seen: dict[int, Array] = {}
+        if self.layers:
+            ctx = dataclasses.replace(ctx, see=seen.__setitem__)
+        final, kv_cache = model(tokens, position, kv_cache, meta, ctx)
+        if not self.layers:
+            return Hidden(final, None), kv_cache
+        seen[self.model.config.num_layers] = final
+        return Hidden(final, jnp.stack([seen[i] for i in self.layers], axis=1)), kv_cache
 
     def is_finished(
         self, rows: Rows, token: Int[Array, " B"], num_generated: Int[Array, " B"]

@@ -1,148 +1,21 @@
-"""Compiles every step ahead, in parallel, and keeps the executables on disk.
-
-A warm start traces nothing: an executable's key comes from the configuration, the versions, the
-device and the source, not from a lowering.
-"""
+"""Compiles every step ahead, in parallel, in daemon threads."""
 
 import atexit
-import hashlib
-import importlib.metadata
+import contextlib
 import itertools
 import os
-import pickle
-import platform
 import queue
-import stat
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-from jax.experimental import serialize_executable
 from tqdm.auto import tqdm
 
-from jaxengine.errors import ConfigError, EngineDeadError
+from jaxengine.errors import EngineDeadError
 from jaxengine.log import logger
-
-GPU_WINDOW_OPTIONS: dict[str, str | int] = {
-    "xla_gpu_enable_command_buffer": (
-        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
-    ),
-    "xla_gpu_graph_min_graph_size": 1,
-}
-"""Makes a whole decode window one CUDA graph with a conditional loop node: the host is away."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProgramSpec:
-    """A function and the shapes to compile it for.
-
-    Attributes:
-      name: For profiles and progress, e.g. "decode_b32_p64".
-      fn: Pure function of `args`.
-      args: Abstract arguments, placed on the mesh.
-      donate: Positions of donated arguments.
-      options: XLA compiler options.
-      cost: Rough relative work; the most expensive are compiled first.
-      is_cached: The executable cache's keys cover all that it depends on.
-    """
-
-    name: str
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
-    donate: tuple[int, ...] = ()
-    options: Mapping[str, str | int] = field(default_factory=dict)
-    cost: int = 0
-    is_cached: bool = True
-
-    def lower(self) -> Any:
-        """Traces and lowers; `.compile(compiler_options=...)` is the slow half, without the GIL."""
-
-        def named(*args: Any) -> Any:
-            return self.fn(*args)
-
-        named.__name__ = self.name
-        return jax.jit(named, donate_argnums=self.donate).lower(*self.args)
-
-
-class ExecutableCache:
-    """Serialised executables in a folder that only its owner may touch.
-
-    Loading unpickles, so the folder is refused when others could have written to it.
-    """
-
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        info = folder.stat()
-        if info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
-            raise ConfigError(
-                f"`cache_dir` {folder} must belong to you and be closed to others (mode 0700), "
-                f"got owner {info.st_uid} and mode {stat.S_IMODE(info.st_mode):04o}; "
-                f"run `chmod 700 {folder}`, choose another folder, or set executable_cache=False."
-            )
-        self._folder = folder
-        self._fingerprint = fingerprint
-
-    def _path(self, spec: ProgramSpec) -> Path:
-        described = repr((self._fingerprint, spec.name, sorted(spec.options.items())))
-        return self._folder / f"{spec.name}-{hashlib.sha256(described.encode()).hexdigest()[:32]}"
-
-    def load(self, spec: ProgramSpec) -> Any | None:
-        """The executable, or None when there is none that loads here."""
-        try:
-            payload = self._path(spec).read_bytes()
-            return serialize_executable.deserialize_and_load(*pickle.loads(payload))
-        except FileNotFoundError:
-            return None
-        except Exception as error:
-            logger.warning("cannot load %s from the executable cache: %s", spec.name, error)
-            return None
-
-    def store(self, spec: ProgramSpec, compiled: Any) -> None:
-        """Writes the executable; a failure costs the next start time, nothing else."""
-        try:
-            payload = pickle.dumps(serialize_executable.serialize(compiled))
-            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
-                file.write(payload)
-            os.replace(file.name, self._path(spec))
-        except Exception as error:
-            logger.warning("cannot store %s in the executable cache: %s", spec.name, error)
-
-
-TRACED_ROOMS = (
-    "pallas_kernels",
-    "jaxengine/models",
-    "jaxengine/nn",
-    "jaxengine/runtime",
-    "jaxengine/sampling",
-    "jaxengine/scheduler",
-)
-"""Folders whose source decides what a compiled step does."""
-
-
-def fingerprint(*parts: object) -> str:
-    """What an executable depends on beside its shapes: versions, device, source, configuration."""
-    device = jax.devices()[0]
-    source = hashlib.sha256()
-    root = Path(__file__).parents[2]
-    for room in TRACED_ROOMS:
-        for path in sorted((root / room).rglob("*.py")):
-            source.update(path.read_bytes())
-    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")]
-    backend = (device.platform, device.device_kind, device.client.platform_version)
-    flags = os.environ.get("XLA_FLAGS", "")
-    return repr((versions, backend, platform.machine(), flags, source.hexdigest(), *parts))
-
-
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/jaxengine/executables`, or below `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "jaxengine" / "executables"
+from jaxengine.runtime.executables import ExecutableCache, ProgramSpec
 
 
 class ProgramKey(NamedTuple):
@@ -201,6 +74,7 @@ class Programs:
         self.num_compiled = 0
         self.num_loaded = 0
         self.seconds = 0.0
+        self._spent = {"load": 0.0, "trace": 0.0, "compile": 0.0}
         self._started = time.perf_counter()
         self._num_left = len(specs)
         self._bar = tqdm(total=len(specs), desc="Compiling", unit="program", disable=not progress)
@@ -249,12 +123,19 @@ class Programs:
         return future.result()
 
     def stats(self) -> dict[str, float]:
-        """How many programs there are, where they came from, and when the first were all ready."""
+        """How many programs there are, where they came from, and what they took.
+
+        `seconds` is from the start until the initial ones were ready; `load_seconds`,
+        `trace_seconds` and `compile_seconds` are of all threads together.
+        """
+        with self._lock:
+            spent = {f"{what}_seconds": seconds for what, seconds in self._spent.items()}
         return {
             "num_programs": len(self._done),
             "num_compiled": self.num_compiled,
             "num_loaded": self.num_loaded,
             "seconds": self.seconds,
+            **spent,
         }
 
     def __contains__(self, key: ProgramKey) -> bool:
@@ -265,10 +146,24 @@ class Programs:
         future = self._done.get(key)
         return future is not None and future.done() and future.exception() is None
 
-    def wait(self, *, all_of_them: bool) -> None:
-        """Waits for the programs the engine began with, or for those a first answer needs."""
-        for key in self._initial if all_of_them else self._first:
+    def wait_first(self) -> None:
+        """Waits for the programs a first answer needs."""
+        for key in self._first:
             self.get(key)
+
+    def wait(self, *, background: bool) -> None:
+        """Waits for the programs the engine began with.
+
+        Args:
+          background: And for all that were added since.
+        """
+        for key in self._initial:
+            self.get(key)
+        if background:
+            with self._lock:
+                futures = list(self._done.values())
+            for future in futures:
+                future.exception()
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Lets running compilations end and starts no more."""
@@ -304,13 +199,15 @@ class Programs:
     def _build(self, key: ProgramKey, spec: ProgramSpec, future: Future) -> None:
         cache = self._cache if spec.is_cached else None
         try:
-            program = cache.load(spec) if cache else None
+            with self._clock("load"):
+                program = cache.load(spec) if cache else None
             was_loaded = program is not None
             if program is None:
                 # Tracing holds the GIL: one at a time leaves the rest of the process its share.
-                with self._tracing:
+                with self._tracing, self._clock("trace"):
                     lowered = spec.lower()
-                program = lowered.compile(compiler_options=dict(spec.options) or None)
+                with self._clock("compile"):
+                    program = lowered.compile(compiler_options=dict(spec.options) or None)
                 if cache:
                     cache.store(spec, program)
         except BaseException as error:
@@ -322,6 +219,13 @@ class Programs:
             future.set_result(program)
         if key in self._initial:
             self._report(spec)
+
+    @contextlib.contextmanager
+    def _clock(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        with self._lock:
+            self._spent[what] += time.perf_counter() - started
 
     def _report(self, spec: ProgramSpec) -> None:
         with self._lock:

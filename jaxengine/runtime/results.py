@@ -1,5 +1,6 @@
 """What the host reads of a step: one int32 array, and a second only when someone asked for it."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,12 @@ class ResultLayout:
         }
         self.always = {n: spec for n, spec in specs.items() if n not in ON_DEMAND}
         self.on_demand = {n: spec for n, spec in specs.items() if n in ON_DEMAND}
+
+    def having(self, specs: Specs) -> "ResultLayout":
+        """This one with more leaves that are copied on demand; shapes without the rows."""
+        more = copy.copy(self)
+        more.on_demand = {**self.on_demand, **specs}
+        return more
 
     def describe(self) -> tuple[tuple[str, tuple[int, ...], str], ...]:
         """What compiled programs depend on."""

@@ -7,290 +7,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxengine.errors import EngineDeadError, SamplerError
 from jaxengine.models.family import Params
-from jaxengine.runtime import batch, results
-from jaxengine.runtime.decode_loop import Results, SamplerSteps
-from jaxengine.runtime.forward import Forward
-from jaxengine.runtime.kv_cache import abstract_kv_cache
-from jaxengine.runtime.programs import (
-    GPU_WINDOW_OPTIONS,
-    IDLE,
-    ProgramKey,
-    Programs,
-    ProgramSpec,
-)
+from jaxengine.runtime import batch
+from jaxengine.runtime.executables import ProgramSpec
+from jaxengine.runtime.forward import Embeds, Hidden
+from jaxengine.runtime.program_factory import HIDDEN_DECODE, ProgramFactory, Specs
+from jaxengine.runtime.programs import IDLE, LATER, ProgramKey, Programs
 from jaxengine.runtime.samplers import LiveSampler, Samplers
-from jaxengine.runtime.sharding import kv_sharding, replicated
-from jaxengine.runtime.state import COUNT_DTYPE, DeviceState, Seats
-from jaxengine.scheduler.plan import DecodePlan, PrefillPlan, StepPlan, StepResult
+from jaxengine.runtime.state import DeviceState, Seats
+from jaxengine.runtime.step_handle import Drawn, StepHandle, label
+from jaxengine.sampling.identity import are_equal
+from jaxengine.sampling.sampler import default_sampler
+from jaxengine.scheduler.plan import DecodePlan, PrefillPlan, StepPlan
+from jaxengine.types import HIDDEN
 
 FUSE_AFTER_STEPS = 64
 """Split steps after which a sampler is worth compiling into the window; one tried once is not."""
-
-
-class ProgramFactory:
-    """Describes every program of an engine; arguments are abstract, so no device is needed."""
-
-    def __init__(
-        self, forward: Forward, params: Params, mesh: Mesh, num_pages: int, kv_dtype: jnp.dtype
-    ) -> None:
-        """Args:
-        forward: The model's part of the steps.
-        params: Abstract parameters, placed on the mesh.
-        mesh: Where everything is.
-        num_pages: KV pages.
-        kv_dtype: Of the KV cache.
-        """
-        self.forward = forward
-        self._params = params
-        self._mesh = mesh
-        buckets, config = forward.buckets, forward.model.config
-        self.state = DeviceState(
-            kv_cache=abstract_kv_cache(
-                config, num_pages, buckets.page_size, kv_dtype, kv_sharding(mesh)
-            ),
-            slots=self._array((buckets.num_slots, forward.layout.width), jnp.int32),
-            token_counts=self._array((buckets.num_slots, config.vocab_size), COUNT_DTYPE),
-        )
-        is_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
-        self._options = GPU_WINDOW_OPTIONS if is_gpu else {}
-
-    def seats(self, steps: SamplerSteps) -> Seats:
-        """Shapes and places of what a sampler keeps."""
-        return jax.tree.map(lambda s: self._array(s.shape, s.dtype), steps.initial_seats)
-
-    def first(self) -> tuple[ProgramKey, ...]:
-        """Programs that a short first request runs."""
-        buckets = self.forward.buckets
-        return (
-            ProgramKey("prefill", buckets.prefill_tokens[0], buckets.num_pages[0]),
-            ProgramKey("decode", buckets.decode_rows[0], buckets.num_pages[0]),
-        )
-
-    def first_forwards(self) -> tuple[ProgramKey, ...]:
-        """The same for the split form."""
-        buckets = self.forward.buckets
-        return (
-            ProgramKey("forward_prefill", buckets.prefill_tokens[0], buckets.num_pages[0]),
-            ProgramKey("forward_decode", buckets.split_rows[0], buckets.num_pages[0]),
-        )
-
-    def fused(self, steps: SamplerSteps, *, is_cached: bool) -> dict[ProgramKey, ProgramSpec]:
-        """Prefills and windows with a sampler traced into them, and its edits."""
-        buckets, owner = self.forward.buckets, steps.owner
-        common = (self._params, self.state, self.seats(steps), self._shapes(steps.sampler.arrays))
-        specs = self.edits(steps, is_cached=is_cached)
-        for pages in buckets.num_pages:
-            for tokens in buckets.prefill_tokens:
-                specs[ProgramKey("prefill", tokens, pages, owner)] = ProgramSpec(
-                    name=f"prefill_t{tokens}_p{pages}",
-                    fn=lambda *args, t=tokens, p=pages: steps.prefill(
-                        *args, num_tokens=t, num_pages=p
-                    ),
-                    args=(*common, self._packed(batch.prefill_packing(buckets, tokens))),
-                    donate=(1, 2),
-                    options=self._options,
-                    cost=tokens,
-                    is_cached=is_cached,
-                )
-            for rows in buckets.decode_rows:
-                specs[ProgramKey("decode", rows, pages, owner)] = ProgramSpec(
-                    name=f"decode_b{rows}_p{pages}",
-                    fn=lambda *args, r=rows, p=pages: steps.decode(*args, num_rows=r, num_pages=p),
-                    args=(*common, self._packed(batch.decode_packing(buckets, rows))),
-                    donate=(1, 2),
-                    options=self._options,
-                    cost=rows,
-                    is_cached=is_cached,
-                )
-        return specs
-
-    def edits(self, steps: SamplerSteps, *, is_cached: bool) -> dict[ProgramKey, ProgramSpec]:
-        """The program that takes edits of a sampler's table."""
-        seat = ProgramSpec(
-            name="seat",
-            fn=steps.seat,
-            args=(self.seats(steps), self._packed(batch.edit_packing())),
-            donate=(0,),
-            is_cached=is_cached,
-        )
-        return {ProgramKey("seat", owner=steps.owner): seat}
-
-    def split(self, steps: SamplerSteps) -> dict[ProgramKey, ProgramSpec]:
-        """Draws over the logits of a forward step, and the sampler's edits."""
-        specs = self.edits(steps, is_cached=False)
-        seats, arrays = self.seats(steps), self._shapes(steps.sampler.arrays)
-        model = self.forward.model
-        for rows in self.forward.buckets.split_rows:
-            specs[ProgramKey("draw", rows, owner=steps.owner)] = ProgramSpec(
-                name=f"draw_b{rows}",
-                fn=steps.draw,
-                args=(
-                    self.state.slots,
-                    seats,
-                    self.state.token_counts,
-                    arrays,
-                    self._array((rows, model.config.vocab_size), jnp.float32),
-                    self._array((rows, model.config.hidden_size), model.dtype),
-                    self._packed(batch.draw_packing(rows)),
-                ),
-                donate=(0, 1),
-                options=self._options,
-                is_cached=False,
-            )
-        return specs
-
-    def admit(self) -> dict[ProgramKey, ProgramSpec]:
-        """The program that takes edits of the engine's own table."""
-        args = (self.state, self._packed(batch.edit_packing()))
-        spec = ProgramSpec(name="admit", fn=self.forward.admit, args=args, donate=(0,))
-        return {ProgramKey("admit"): spec}
-
-    def forwards(self) -> dict[ProgramKey, ProgramSpec]:
-        """Steps without a sampler, for the split form."""
-        specs, forward, buckets = {}, self.forward, self.forward.buckets
-        for pages in buckets.num_pages:
-            for tokens in buckets.prefill_tokens:
-                specs[ProgramKey("forward_prefill", tokens, pages)] = ProgramSpec(
-                    name=f"forward_prefill_t{tokens}_p{pages}",
-                    fn=lambda *args, t=tokens, p=pages: forward.prefill(
-                        *args, num_tokens=t, num_pages=p
-                    ),
-                    args=(
-                        self._params,
-                        self.state,
-                        self._packed(batch.prefill_packing(buckets, tokens)),
-                    ),
-                    donate=(1,),
-                    options=self._options,
-                    cost=tokens,
-                )
-            for rows in buckets.split_rows:
-                specs[ProgramKey("forward_decode", rows, pages)] = ProgramSpec(
-                    name=f"forward_decode_b{rows}_p{pages}",
-                    fn=lambda *args, r=rows, p=pages: forward.decode(
-                        *args, num_rows=r, num_pages=p
-                    ),
-                    args=(
-                        self._params,
-                        self.state,
-                        self._packed(batch.decode_packing(buckets, rows)),
-                    ),
-                    donate=(1,),
-                    options=self._options,
-                    cost=rows,
-                )
-        return specs
-
-    def scores(self) -> dict[ProgramKey, ProgramSpec]:
-        """Logprobs of prompt tokens."""
-        specs, model, buckets = {}, self.forward.model, self.forward.buckets
-        for tokens in buckets.prefill_tokens:
-            specs[ProgramKey("score", tokens)] = ProgramSpec(
-                name=f"score_t{tokens}",
-                fn=lambda *args, t=tokens: self.forward.score(*args, num_tokens=t),
-                args=(
-                    self._params,
-                    self._array((tokens, model.config.hidden_size), model.dtype),
-                    self._packed(batch.score_packing(buckets, tokens)),
-                ),
-                cost=tokens,
-            )
-        return specs
-
-    def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self._mesh))
-
-    def _shapes(self, arrays: Any) -> Any:
-        return jax.tree.map(lambda x: self._array(x.shape, x.dtype), arrays)
-
-    def _packed(self, packing: batch.Packing) -> jax.ShapeDtypeStruct:
-        return self._array((packing.size,), jnp.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Drawn:
-    """Results of one draw program, under way.
-
-    Attributes:
-      sampler: Who drew.
-      arrays: What it gives.
-      first_step: Step of the plan its first token belongs to.
-      num_steps: Steps it has room for.
-    """
-
-    sampler: LiveSampler
-    arrays: Results
-    first_step: int
-    num_steps: int
-
-
-class StepHandle:
-    """A step under way on the device."""
-
-    def __init__(
-        self,
-        plan: StepPlan,
-        drawn: list[_Drawn],
-        scores: Mapping[str, jax.Array],
-        *,
-        wants_lists: bool,
-    ) -> None:
-        self.plan = plan
-        self._drawn = drawn
-        self._scores = scores
-        self._wants_lists = wants_lists
-        for part in drawn:
-            part.arrays.always.copy_to_host_async()
-            if wants_lists:
-                part.arrays.on_demand.copy_to_host_async()
-        for array in scores.values():
-            array.copy_to_host_async()
-
-    def result(self) -> StepResult:
-        """Waits for the device, and gives what was copied: one copy for the whole step."""
-        parts = [(part, self._unpack(part)) for part in self._drawn]
-        if len(parts) == 1:
-            leaves = {name: leaf[: len(self.plan.rows)] for name, leaf in parts[0][1].items()}
-        else:
-            leaves = self._merge(parts)
-        return StepResult(leaves[results.TOKEN], leaves, self._prompt_leaves())
-
-    def _unpack(self, part: _Drawn) -> dict[str, np.ndarray]:
-        layout = part.sampler.steps.result
-        leaves = results.unpack(np.asarray(part.arrays.always), layout.always, part.num_steps)
-        if self._wants_lists:
-            packed = np.asarray(part.arrays.on_demand)
-            leaves |= results.unpack(packed, layout.on_demand, part.num_steps)
-        return leaves
-
-    def _merge(self, parts: list[tuple[_Drawn, dict[str, np.ndarray]]]) -> dict[str, Any]:
-        """Steps and samplers of the split form put together; a row's leaves are its sampler's."""
-        num_rows = len(self.plan.rows)
-        num_steps = max((part.first_step + part.num_steps for part, _ in parts), default=1)
-        merged: dict[str, Any] = {results.TOKEN: np.full((num_rows, num_steps), -1, np.int32)}
-        for part, leaves in parts:
-            is_own = [row.sampler_id == part.sampler.sampler_id for row in self.plan.rows]
-            steps = slice(part.first_step, part.first_step + part.num_steps)
-            for name, leaf in leaves.items():
-                rows = merged.setdefault(name, [np.zeros((num_steps, 0))] * num_rows)
-                for i in np.flatnonzero(is_own):
-                    if rows[i].shape[1:] != leaf.shape[2:] or rows[i].dtype != leaf.dtype:
-                        rows[i] = np.zeros((num_steps, *leaf.shape[2:]), leaf.dtype)
-                    rows[i][steps] = leaf[i]
-        return merged
-
-    def _prompt_leaves(self) -> dict[str, list[np.ndarray]]:
-        if not self._scores or not isinstance(self.plan, PrefillPlan):
-            return {}
-        ends = np.cumsum([len(row.token_ids) for row in self.plan.rows])[:-1]
-        total = sum(len(row.token_ids) for row in self.plan.rows)
-        return {
-            name: np.split(np.asarray(array)[:total], ends) for name, array in self._scores.items()
-        }
 
 
 class Runner:
@@ -305,7 +39,9 @@ class Runner:
         self._state: DeviceState | None = None
         self._logprob_ids: dict[int, tuple[int, ...]] = {}
         self._wants_lists: dict[int, bool] = {}
-        self.params = params
+        self._feeds_last: dict[int, bool] = {}
+        self.params: Params | None = params
+        self._weights_id = 0
         self.reset()
 
     def reset(self) -> None:
@@ -315,29 +51,39 @@ class Runner:
             sampler.seats = None
         self._state = _zeros(self._factory.state)
 
-    def prepare(self, sampler: LiveSampler, *, scores: bool) -> None:
+    def prepare(
+        self, sampler: LiveSampler, *, scores: bool, hidden: bool = False, embeds: bool = False
+    ) -> None:
         """Waits for programs the engine did not begin with, in the caller's thread: not its own.
 
         Args:
           sampler: For its first tokens.
           scores: Also for logprobs of prompt tokens.
+          hidden: Also for hidden states.
+          embeds: Also for embeddings in place of ids.
 
         Raises:
           SamplerError: If XLA does not compile the sampler.
         """
         factory = self._factory
         if scores:
-            for tokens in factory.forward.buckets.prefill_tokens:
-                self._program(ProgramKey("score", tokens), factory.scores)
-        if sampler is self._samplers.own:
+            self._wait_for(factory.scores())
+        is_own = sampler is self._samplers.own
+        if hidden and is_own:
+            is_cached = are_equal(sampler.steps.sampler, default_sampler())
+            self._wait_for(factory.hidden_windows(sampler.steps, is_cached=is_cached))
+        if embeds:
+            self._wait_for(factory.embeds())
+        if is_own and not embeds:
             return
-        for specs in (factory.split(sampler.steps), factory.forwards()):
-            if any(key not in self._programs for key in specs):
-                self._programs.add(specs, IDLE)
         buckets, owner = factory.forward.buckets, sampler.steps.owner
-        draws = [ProgramKey("draw", rows, owner=owner) for rows in buckets.split_rows]
+        keys = [ProgramKey("draw", rows, owner=owner) for rows in buckets.split_rows]
+        keys += [ProgramKey("seat", owner=owner), *(() if is_own else factory.first_forwards())]
+        if any(key not in self._programs for key in keys):
+            specs = {**factory.split(sampler.steps), **factory.forwards()}
+            self._programs.add({key: specs[key] for key in keys}, IDLE)
         try:
-            for key in (*draws, ProgramKey("seat", owner=owner), *factory.first_forwards()):
+            for key in keys:
                 self._programs.get(key)
         except EngineDeadError:
             raise
@@ -346,20 +92,62 @@ class Runner:
 
     def dispatch(self, plan: StepPlan) -> StepHandle:
         """Hands a plan to the device and returns before it has run."""
+        with jax.profiler.TraceAnnotation(label(plan)):
+            return self._dispatch(plan)
+
+    def _dispatch(self, plan: StepPlan) -> StepHandle:
         self._note_wishes(plan)
         rows = zip(plan.rows, plan.draws, strict=True)
         drawing = sorted({row.sampler_id for row, draws in rows if draws})
         samplers = [self._samplers[i] for i in drawing] or [self._samplers.own]
+        if isinstance(plan, DecodePlan) and any(self._feeds_last.get(r.slot) for r in plan.rows):
+            if samplers == [self._samplers.own]:
+                return self._run_window(plan, samplers[0], HIDDEN_DECODE)
+            return self._run_split(plan, samplers)
+        if isinstance(plan, PrefillPlan) and any(row.embeds is not None for row in plan.rows):
+            return self._run_split(plan, samplers)
         if len(samplers) == 1 and self._is_fused(plan, samplers[0]):
             return self._run_fused(plan, samplers[0])
         return self._run_split(plan, samplers)
 
+    @property
+    def device(self) -> jax.Device:
+        """Where the arrays are."""
+        return jax.tree.leaves(self.target)[0].sharding.mesh.devices.flat[0]
+
+    def num_bytes(self, tag: str) -> int:
+        """Size of what is there: "weights", or "kv_cache", slots and counts included."""
+        tree = self.params if tag == "weights" else self._state
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    @property
+    def target(self) -> Params:
+        """Shapes, dtypes and places the parameters must have."""
+        return self._factory.params
+
+    def swap(self, params: Params, weights_id: int) -> None:
+        """Steps from here on use these parameters; those under way keep the ones they have.
+
+        Args:
+          params: Like `target`.
+          weights_id: Which these are; tokens carry it.
+        """
+        self.params, self._weights_id = params, weights_id
+
     def release(self) -> None:
         """Drops every device array."""
+        self.release_state()
+        self.release_params()
+
+    def release_state(self) -> None:
+        """Drops KV pages, slots and all that samplers keep, until `reset`."""
         self._state = None
-        self.params = None
         for sampler in self._samplers.alive():
             sampler.seats = None
+
+    def release_params(self) -> None:
+        """Drops the parameters, until `swap`; arrays somebody else holds stay where they are."""
+        self.params = None
 
     def _is_fused(self, plan: StepPlan, sampler: LiveSampler) -> bool:
         """Whether the plan's programs have this sampler in them; if not yet, has them made."""
@@ -372,41 +160,53 @@ class Runner:
         return self._programs.is_ready(key)
 
     def _run_fused(self, plan: StepPlan, sampler: LiveSampler) -> StepHandle:
+        if isinstance(plan, DecodePlan):
+            return self._run_window(plan, sampler, "decode")
         program = self._programs.get(_key(plan, sampler))
-        if isinstance(plan, PrefillPlan):
-            packed = self._pack_prefill(plan, sampler)
-            self._state, sampler.seats, out, hidden = program(
-                self.params, self._state, self._seats(sampler), sampler.arrays, packed
-            )
-            drawn = [_Drawn(sampler, out, 0, 1)]
-            return self._handle(plan, drawn, self._score(plan, hidden))
+        packed = self._pack_prefill(plan, sampler)
+        self._state, sampler.seats, out, hidden = program(
+            self.params, self._state, self._seats(sampler), sampler.arrays, packed
+        )
+        drawn = [Drawn(sampler, out, sampler.steps.result, 0, 1)]
+        return self._handle(plan, drawn, self._score(plan, hidden))
+
+    def _run_window(self, plan: DecodePlan, sampler: LiveSampler, kind: str) -> StepHandle:
+        has_hidden = kind == HIDDEN_DECODE
+        program = self._programs.get(_key(plan, sampler)._replace(kind=kind))
         packed = self._pack_decode(plan, plan.num_rows)
         self._state, sampler.seats, out = program(
             self.params, self._state, self._seats(sampler), sampler.arrays, packed
         )
         num_steps = self._factory.forward.buckets.max_window_steps
-        return self._handle(plan, [_Drawn(sampler, out, 0, num_steps)], {})
+        layout = sampler.steps.window_result(has_hidden=has_hidden)
+        drawn = [Drawn(sampler, out, layout, 0, num_steps)]
+        return self._handle(plan, drawn, {}, is_demanded=has_hidden)
 
     def _run_split(self, plan: StepPlan, samplers: list[LiveSampler]) -> StepHandle:
-        drawn: list[_Drawn] = []
+        drawn: list[Drawn] = []
         if isinstance(plan, PrefillPlan):
-            key = ProgramKey("forward_prefill", plan.num_tokens, plan.num_pages)
+            kind, specs, extra = "forward_prefill", self._factory.forwards, ()
+            if any(row.embeds is not None for row in plan.rows):
+                kind, specs, extra = "embeds_prefill", self._factory.embeds, (self._embeds(plan),)
+            program = self._program(ProgramKey(kind, plan.num_tokens, plan.num_pages), specs)
             packed = self._pack_prefill(plan, None)
-            program = self._program(key, self._factory.forwards)
-            self._state, logits, last, hidden = program(self.params, self._state, packed)
+            self._state, logits, last, hidden = program(self.params, self._state, packed, *extra)
             drawn += self._draw(plan, samplers, logits, last, 0)
             return self._handle(plan, drawn, self._score(plan, hidden))
         buckets = self._factory.forward.buckets
-        num_rows = min(rows for rows in buckets.split_rows if rows >= len(plan.rows))
+        num_rows = buckets.split_size(len(plan.rows))
         key = ProgramKey("forward_decode", num_rows, plan.num_pages)
         program = self._program(key, self._factory.forwards)
         packed = self._pack_decode(plan, num_rows)
         again = batch.pack_decode(plan, buckets, num_rows, batch.NO_EDITS)
+        wants_hidden = any(self._feeds_last.get(row.slot) for row in plan.rows)
+        states = []
         for step in range(plan.num_steps):
-            self._state, logits, last = program(self.params, self._state, packed)
-            drawn += self._draw(plan, samplers, logits, last, step)
+            self._state, logits, hidden = program(self.params, self._state, packed)
+            drawn += self._draw(plan, samplers, logits, hidden.final, step)
+            states += [hidden.reported] * wants_hidden
             packed = again
-        return self._handle(plan, drawn, {})
+        return self._handle(plan, drawn, {}, states)
 
     def _draw(
         self,
@@ -415,7 +215,7 @@ class Runner:
         logits: jax.Array,
         hidden: jax.Array,
         step: int,
-    ) -> list[_Drawn]:
+    ) -> list[Drawn]:
         drawn = []
         for sampler in samplers:
             key = ProgramKey("draw", len(logits), owner=sampler.steps.owner)
@@ -432,35 +232,67 @@ class Runner:
             )
             self._state = dataclasses.replace(self._state, slots=slots)
             sampler.num_split_steps += 1
-            drawn.append(_Drawn(sampler, out, step, 1))
+            drawn.append(Drawn(sampler, out, sampler.steps.result, step, 1))
         return drawn
+
+    def _embeds(self, plan: PrefillPlan) -> Embeds:
+        """Embeddings of the plan's tokens that have some of their own."""
+        model = self._factory.forward.model
+        is_given = np.zeros(plan.num_tokens, bool)
+        values = np.zeros((plan.num_tokens, model.config.hidden_size), np.float32)
+        start = 0
+        for row in plan.rows:
+            if row.embeds is not None:
+                is_given[start : start + len(row.embeds)] = True
+                values[start : start + len(row.embeds)] = row.embeds
+            start += len(row.token_ids)
+        return Embeds(is_given, values.astype(model.dtype))
+
+    def _wait_for(self, specs: Specs) -> None:
+        """Has all of these compiled, at once."""
+        self._programs.add(specs, LATER)
+        for key in specs:
+            self._programs.get(key)
 
     def _program(
         self, key: ProgramKey, specs: Callable[[], Mapping[ProgramKey, ProgramSpec]]
     ) -> Any:
         """A program the engine did not begin with."""
         if key not in self._programs:
-            self._programs.add(specs(), IDLE)
+            self._programs.add({key: specs()[key]}, IDLE)
         return self._programs.get(key)
 
-    def _score(self, plan: PrefillPlan, hidden: jax.Array) -> dict[str, jax.Array]:
-        if all(row.targets is None for row in plan.rows):
-            return {}
-        program = self._program(ProgramKey("score", plan.num_tokens), self._factory.scores)
-        packed = batch.pack_score(plan, self._factory.forward.buckets, self._logprob_ids)
-        return program(self.params, hidden, packed)
+    def _score(self, plan: PrefillPlan, hidden: Hidden) -> dict[str, jax.Array]:
+        """What is reported of a prefill's own tokens."""
+        reported = {}
+        if any(row.targets is not None for row in plan.rows):
+            program = self._program(ProgramKey("score", plan.num_tokens), self._factory.scores)
+            packed = batch.pack_score(plan, self._factory.forward.buckets, self._logprob_ids)
+            reported = program(self.params, hidden.final, packed)
+        if any(row.states is not None for row in plan.rows):
+            reported[HIDDEN] = hidden.reported
+        return reported
 
     def _handle(
-        self, plan: StepPlan, drawn: list[_Drawn], scores: Mapping[str, jax.Array]
+        self,
+        plan: StepPlan,
+        drawn: list[Drawn],
+        scores: Mapping[str, jax.Array],
+        hidden: list[jax.Array] | None = None,
+        *,
+        is_demanded: bool = False,
     ) -> StepHandle:
-        wants_lists = any(self._wants_lists.get(row.slot) for row in plan.rows)
-        return StepHandle(plan, drawn, scores, wants_lists=wants_lists)
+        is_demanded |= any(self._wants_lists.get(row.slot) for row in plan.rows)
+        return StepHandle(
+            plan, drawn, scores, hidden, is_demanded=is_demanded, weights_id=self._weights_id
+        )
 
     def _note_wishes(self, plan: StepPlan) -> None:
         """Remembers, by slot, what the plans themselves do not say."""
         if isinstance(plan, PrefillPlan):
             for row in plan.new_rows:
                 self._wants_lists[row.slot] = row.request.wants_lists
+                self._feeds_last[row.slot] = row.request.feeds_last
                 self._logprob_ids[row.slot] = row.request.logprob_ids
 
     def _pack_prefill(self, plan: PrefillPlan, inline: LiveSampler | None) -> np.ndarray:

@@ -110,7 +110,7 @@ class Samplers:
                 self._by_id[live.sampler_id] = live
             self._recent[key] = live
             self._recent.move_to_end(key)
-            if len(self._recent) > MAX_RECENT:
+            while len(self._recent) > MAX_RECENT:
                 self._recent.popitem(last=False)
             return live
 

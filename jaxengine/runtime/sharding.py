@@ -12,6 +12,7 @@ RULES: dict[str, str | None] = {
     "heads": "tensor",
     "ffn": "tensor",
     "embed": None,
+    "head_dim": None,
 }
 """Which mesh axis a logical axis of a parameter is split over (Megatron's layout)."""
 

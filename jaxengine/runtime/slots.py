@@ -5,6 +5,7 @@ changes then travels as (cell, value) pairs in one packed array, and a whole tab
 There is one table for the engine's own columns, and one for the parameters of every sampler.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ FIELDS: dict[str, Param] = {
     "ignore_eos": Param("int32", 0),
     "wants_logprobs": Param("int32", 0),
     "wants_lists": Param("int32", 0),
+    "feeds_last": Param("int32", 0),
     "seed_hi": Param("int32", 0),
     "seed_lo": Param("int32", 0),
     "stop_token_ids": Param("int32", (), shape=(MAX_STOP_TOKEN_IDS,), pad=-1),
@@ -39,15 +41,17 @@ FIELDS: dict[str, Param] = {
 
 
 class Column(NamedTuple):
-    """Where a value stands in a slot's row."""
+    """Where a value stands in a slot's row.
+
+    Attributes:
+      start: Its first cell.
+      size: Cells it takes.
+      param: Its shape, type and default.
+    """
 
     start: int
+    size: int
     param: Param
-
-    @property
-    def size(self) -> int:
-        """Cells it takes."""
-        return int(np.prod(self.param.shape, dtype=np.int64))
 
 
 class TableLayout:
@@ -57,7 +61,7 @@ class TableLayout:
         self.columns: dict[str, Column] = {}
         self.width = 0
         for name, param in params.items():
-            self.columns[name] = Column(self.width, param)
+            self.columns[name] = Column(self.width, math.prod(param.shape), param)
             self.width += self.columns[name].size
         rows = [self._bits(name, c.param.default) for name, c in self.columns.items()]
         self.default_row = np.concatenate([np.zeros(0, np.int32), *rows])
@@ -77,13 +81,19 @@ class TableLayout:
         """Flat cell indices and values that turn a slot's default row into one with `values`."""
         wanted = self.default_row.copy()
         for name, value in values.items():
-            column = self.columns[name]
-            wanted[column.start : column.start + column.size] = self._bits(name, value)
+            start, size, param = self.columns[name]
+            # Most are numbers, and the general way takes ten times as long.
+            if type(value) is int and param.dtype == "int32" and not param.shape:
+                wanted[start] = value
+            elif type(value) is float and param.dtype == "float32" and not param.shape:
+                wanted[start] = np.float32(value).view(np.int32)
+            elif value is not param.default:
+                wanted[start : start + size] = self._bits(name, value)
         changed = np.flatnonzero(wanted != self.default_row)
         return slot * self.width + changed, wanted[changed]
 
-    def cell(self, slot: int, name: str, index: int) -> int:
-        """Flat index of one entry of a column."""
+    def cell(self, slot: Any, name: str, index: Any) -> Any:
+        """Flat index of one entry of a column; slots and indices may be arrays."""
         return slot * self.width + self.columns[name].start + index
 
     def read(self, rows: Int[Array, "B W"], name: str) -> Array:
@@ -125,6 +135,7 @@ def slot_values(row: NewRow) -> dict[str, Any]:
         "ignore_eos": int(request.ignore_eos),
         "wants_logprobs": int(request.wants_logprobs),
         "wants_lists": int(request.wants_lists),
+        "feeds_last": int(request.feeds_last),
         "seed_hi": _as_int32(request.seed >> 32),
         "seed_lo": _as_int32(request.seed & 0xFFFFFFFF),
         "stop_token_ids": request.stop_token_ids,

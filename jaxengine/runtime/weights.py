@@ -1,6 +1,6 @@
-"""Checkpoints to device arrays: safetensors by shard, Orbax, random; never a second host copy."""
+"""Checkpoints to device arrays: tensor by tensor, Orbax, random; never a second host copy."""
 
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
-from safetensors import safe_open
-from tqdm.auto import tqdm
 
 from jaxengine.errors import WeightsError
 from jaxengine.models import WeightPart
 from jaxengine.models.family import BoundModel, Params
+from jaxengine.runtime.checkpoints import Checkpoint
 from jaxengine.runtime.sharding import param_sharding
 
 ORBAX_FOLDER = "orbax"
@@ -32,66 +31,47 @@ def place(model: BoundModel, mesh: Mesh) -> Params:
     )
 
 
-def load_safetensors(
-    folder: Path, parts: Mapping[str, WeightPart], target: Params, *, progress: bool
+def load_checkpoint(
+    checkpoint: Checkpoint, parts: Mapping[str, WeightPart], target: Params, *, progress: bool
 ) -> Params:
-    """Streams a Hugging Face checkpoint to the device, one merged parameter at a time.
+    """Streams a checkpoint to the device, one merged parameter at a time.
 
     Args:
-      folder: Holds `model.safetensors`, or shards with `model.safetensors.index.json`.
-      parts: Where each checkpoint tensor goes.
+      checkpoint: Tensors under their Hugging Face names.
+      parts: Where each of them goes.
       target: Abstract parameters with shardings.
-      progress: Show SGLang's shard bar.
+      progress: Show a bar.
 
     Raises:
       WeightsError: Names every missing, unexpected and misshapen tensor at once.
     """
-    shards = _shards(folder)
-    _check(shards, parts, folder)
+    headline = f"The weights in {checkpoint.place} do not fit its config."
+    _check_shapes(checkpoint.shapes(), parts, headline)
     wanted = {".".join(map(str, k)): v for k, v in _flatten(target).items()}
+    [dtype] = {leaf.dtype for leaf in wanted.values()}
     loaded: dict[str, jax.Array] = {}
     waiting: dict[str, list[tuple[int, np.ndarray]]] = {}
-    bar = tqdm(shards, desc="Loading safetensors checkpoint shards", disable=not progress)
-    for shard in bar:
-        with safe_open(shard, framework="numpy") as file:
-            for name in file.keys():
-                if name not in parts:
-                    continue
-                path, start, _ = parts[name]
-                pieces = waiting.setdefault(path, [])
-                pieces.append((start, file.get_tensor(name)))
-                leaf = wanted[path]
-                if sum(len(piece) for _, piece in pieces) == leaf.shape[0]:
-                    merged = [piece for _, piece in sorted(waiting.pop(path), key=lambda p: p[0])]
-                    host = merged[0] if len(merged) == 1 else np.concatenate(merged)
-                    loaded[path] = jax.device_put(host.astype(leaf.dtype), leaf.sharding)
+    for name, tensor in checkpoint.read(parts.keys(), dtype, progress=progress):
+        path, start, _ = parts[name]
+        pieces = waiting.setdefault(path, [])
+        pieces.append((start, tensor))
+        leaf = wanted[path]
+        if sum(len(piece) for _, piece in pieces) == leaf.shape[0]:
+            merged = [piece for _, piece in sorted(waiting.pop(path), key=lambda p: p[0])]
+            host = merged[0] if len(merged) == 1 else np.concatenate(merged)
+            loaded[path] = jax.device_put(host.astype(leaf.dtype, copy=False), leaf.sharding)
     flat = {key: loaded[".".join(map(str, key))] for key in _flatten(target)}
     return traverse_util.unflatten_dict(flat)
 
 
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        shards = [folder / name for name in names]
-    else:
-        shards = sorted(folder.glob("*.safetensors"))
-    missing = [shard.name for shard in shards if not shard.exists()]
-    if missing or not shards:
-        raise WeightsError(
-            f"No safetensors weights in {folder}"
-            + (f": its index names {', '.join(missing)}." if missing else ".")
-            + " Download the whole checkpoint, or pass load_format='dummy' for random weights."
-        )
-    return shards
-
-
-def _check(shards: list[Path], parts: Mapping[str, WeightPart], folder: Path) -> None:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for shard in shards:
-        with safe_open(shard, framework="numpy") as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    missing = sorted(parts.keys() - shapes.keys())
+def _check_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    parts: Mapping[str, WeightPart],
+    headline: str,
+    *,
+    is_partial: bool = False,
+) -> None:
+    missing = [] if is_partial else sorted(parts.keys() - shapes.keys())
     # A tied checkpoint may still carry its output projection, and old ones rotary buffers.
     unexpected = sorted(
         name
@@ -113,9 +93,7 @@ def _check(shards: list[Path], parts: Mapping[str, WeightPart], folder: Path) ->
         if names
     ]
     if problems:
-        raise WeightsError(
-            f"The weights in {folder} do not fit its config.json. " + "; ".join(problems) + "."
-        )
+        raise WeightsError(f"{headline} {'; '.join(problems)}.")
 
 
 def random_params(target: Params, seed: int = 0) -> Params:
@@ -126,12 +104,17 @@ def random_params(target: Params, seed: int = 0) -> Params:
     """
     rng = np.random.default_rng(seed)
     noise = 0.02 * rng.standard_normal(NOISE_LEN, np.float32)
+    # Rounding to bfloat16 is slow on a host, so it is done once.
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(target)}
+    blocks = {(dtype, mean): (mean + noise).astype(dtype) for dtype in dtypes for mean in (0, 1)}
 
     def leaf(shape: jax.ShapeDtypeStruct) -> jax.Array:
         is_norm = len(shape.shape) == 1
-        block = np.roll(1.0 + noise if is_norm else noise, rng.integers(NOISE_LEN))
-        host = np.resize(block.astype(shape.dtype), shape.shape)
-        return jax.device_put(host, shape.sharding)
+        size = math.prod(shape.shape)
+        start = rng.integers(max(1, NOISE_LEN - size))
+        block = blocks[shape.dtype, int(is_norm)][start:]
+        host = block[:size] if size <= len(block) else np.resize(block, size)
+        return jax.device_put(host.reshape(shape.shape), shape.sharding)
 
     return jax.tree.map(leaf, target)
 
@@ -155,6 +138,11 @@ def check_params(params: Params, target: Params) -> Params:
         for key in want.keys() & got.keys()
         if np.shape(got[key]) != want[key].shape
     ]
+    problems += [
+        f"{name[key]} is {leaf.dtype}, expected a float"
+        for key, leaf in got.items()
+        if not jnp.issubdtype(getattr(leaf, "dtype", np.asarray(leaf).dtype), jnp.floating)
+    ]
     if problems:
         raise WeightsError("`params` do not fit the model config: " + "; ".join(sorted(problems)))
     placed = {
@@ -162,6 +150,72 @@ def check_params(params: Params, target: Params) -> Params:
         for key, leaf in want.items()
     }
     return traverse_util.unflatten_dict(placed)
+
+
+def merge_named(
+    tensors: Mapping[str, Any],
+    parts: Mapping[str, WeightPart],
+    current: Params | None,
+    target: Params,
+    *,
+    is_partial: bool,
+) -> Params:
+    """New parameters of tensors under their checkpoint names; what they leave out stays as it is.
+
+    Args:
+      tensors: numpy or jax arrays, or whatever speaks DLPack.
+      parts: Where each goes.
+      current: The parameters so far; only read. None where all are given.
+      target: Abstract parameters with shardings.
+      is_partial: Names may be missing.
+
+    Raises:
+      WeightsError: Names every missing, unexpected and misshapen tensor at once.
+    """
+    arrays = {name: _as_array(tensor) for name, tensor in tensors.items()}
+    headline = "The tensors do not fit the model."
+    shapes = {name: array.shape for name, array in arrays.items()}
+    _check_shapes(shapes, parts, headline, is_partial=is_partial)
+    integers = [n for n, x in arrays.items() if not jnp.issubdtype(x.dtype, jnp.floating)]
+    if integers:
+        raise WeightsError(f"{headline} {len(integers)} are no floats: {', '.join(integers[:20])}.")
+    merged: dict[tuple[Any, ...], Any] = {} if current is None else _flatten(current)
+    for key, leaf in _flatten(target).items():
+        path = ".".join(map(str, key))
+        names = [name for name in arrays.keys() & parts.keys() if parts[name].path == path]
+        names.sort(key=lambda name: parts[name].start)
+        pieces = [(parts[name].start, arrays[name].astype(leaf.dtype)) for name in names]
+        if sum(len(piece) for _, piece in pieces) == leaf.shape[0]:
+            new = _joined([piece for _, piece in pieces])
+        else:
+            new = merged[key]
+            for start, piece in pieces:
+                new = new.at[start : start + len(piece)].set(piece)
+        merged[key] = jax.device_put(new, leaf.sharding)
+    return traverse_util.unflatten_dict(merged)
+
+
+def _joined(pieces: list[Any]) -> Any:
+    """On the host if they are there: joining on the device would compile for every shape."""
+    if len(pieces) == 1:
+        return pieces[0]
+    is_host = all(isinstance(piece, np.ndarray) for piece in pieces)
+    return (np if is_host else jnp).concatenate(pieces)
+
+
+def named(name: str, parts: Mapping[str, WeightPart], params: Params) -> jax.Array | None:
+    """The rows of a parameter that a checkpoint calls by this name; None for an unknown one."""
+    if name not in parts:
+        return None
+    path, start, shape = parts[name]
+    flat = {".".join(map(str, key)): leaf for key, leaf in _flatten(params).items()}
+    return flat[path][start : start + shape[0]]
+
+
+def _as_array(tensor: Any) -> Any:
+    if isinstance(tensor, np.ndarray | jax.Array):
+        return tensor
+    return jnp.from_dlpack(tensor) if hasattr(tensor, "__dlpack__") else np.asarray(tensor)
 
 
 def save_orbax(params: Params, folder: Path) -> None:

@@ -28,8 +28,8 @@ class SamplingContext:
       stop_token_ids: Ids that end the sequence, -1 padded.
       slots: Row of `slot_counts` that belongs to each row of the step.
       slot_counts: Occurrences of every token among each slot's generated tokens.
-      history: i32[B, H], the last tokens of prompt and output, oldest first, -1 padded at the front; None
-        unless `Needs.history` asks for it. A transform sees as many as it asked for.
+      history: i32[B, H], the last tokens of prompt and output, oldest first, -1 padded at the
+        front; None unless `Needs.history` asks for it. A transform sees as many as it asked for.
       hidden: [B, D], the last layer's hidden state, after the final norm; None unless asked for.
       arrays: The transform's own `arrays`.
     """

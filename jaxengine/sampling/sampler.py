@@ -2,12 +2,12 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.sampling.builtin import standard
 from jaxengine.sampling.context import SamplingContext
@@ -205,7 +205,8 @@ def sample(
     inside = ctx.narrowed(sampler.needs.history, stage_arrays)
     outside = ctx.narrowed(sampler.draw.needs.history, draw_arrays)
     every = tuple(each_stage(sampler.stages, state.stages, inside))
-    always = tuple(part for part in every if part[0].is_on is None)
+    filters = tuple(part for part in every if part[0].is_on is None or part[0].is_filter)
+    always = tuple(part for part in filters if part[0].is_on is None)
 
     def draw(parts: Parts, logits: Logits) -> tuple[Sample, SamplerState]:
         processed = _apply(parts, logits)
@@ -225,9 +226,7 @@ def sample(
         drawn = Drawn(
             token, token_logprob(processed, token), token_logprob(logits, token), processed
         )
-        unfiltered = functools.partial(_apply, _before_filters(parts))
-        leaves = _logprobs(wants, ctx, logits, unfiltered, processed, token)
-        leaves |= {"aux": aux} if jax.tree.leaves(aux) else {}
+        leaves = {"aux": aux} if jax.tree.leaves(aux) else {}
         for name, function in sampler.capture.items():
             captured = call(function, logits, drawn, outside)
             require_rows(function, captured, logits.shape[:1], f"the capture `{name}`")
@@ -239,23 +238,31 @@ def sample(
         )
         return Sample(token, leaves), after
 
-    # Branches return [B] and state only: returning [B, V] through a branch would copy it.
-    paths: list[Callable[[Logits], tuple[Sample, SamplerState]]] = [functools.partial(draw, every)]
-    path = jnp.int32(0)
-    if len(always) < len(every):
-        is_on = functools.reduce(
-            jnp.logical_or, (stage.is_on(c).any() for stage, _, c in every if stage.is_on)
-        )
-        paths.append(functools.partial(draw, always))
-        path = jnp.where(is_on, 0, 1)
+    # A step takes the shortest path that leaves out nothing a row has on. Branches return [B] and
+    # state only: returning [B, V] through a branch would copy it.
+    choices, choice = [every], jnp.int32(0)
+    for shorter in (filters, always):
+        if len(shorter) < len(choices[-1]):
+            choice = jnp.where(_is_any_on(every, beside=shorter), choice, len(choices))
+            choices.append(shorter)
+    paths, path = [functools.partial(draw, parts) for parts in choices], choice
     if sampler.draw.is_greedy and all(stage.keeps_order for stage, *_ in always):
         is_random = (~sampler.draw.is_greedy(outside) & ctx.active).any()
+        path = jnp.where((choice == len(choices) - 1) & ~is_random, len(paths), choice)
         paths.append(draw_greedily)
-        path = jnp.where((path == len(paths) - 2) & ~is_random, len(paths) - 1, path)
-    return jax.lax.switch(path, paths, logits)
+    drawn, after = jax.lax.switch(path, paths, logits)
+    logprobs = _logprobs(wants, ctx, logits, choices, choice, drawn.token)
+    return drawn._replace(leaves={**logprobs, **drawn.leaves}), after
 
 
 type Parts = tuple[tuple[LogitsTransform, Any, SamplingContext], ...]
+
+
+def _is_any_on(parts: Parts, beside: Parts) -> Bool[Array, ""]:
+    """Whether a row has a conditional stage on that is not among those `beside`."""
+    others = (part for part in parts if not any(part is other for other in beside))
+    is_on = (stage.is_on(ctx).any() for stage, _, ctx in others if stage.is_on)
+    return functools.reduce(jnp.logical_or, is_on)
 
 
 def _apply(parts: Parts, logits: Logits) -> Logits:
@@ -305,29 +312,36 @@ def _logprobs(
     wants: Wants,
     ctx: SamplingContext,
     logits: Logits,
-    unfiltered: Callable[[Logits], Logits],
-    processed: Logits,
+    choices: Sequence[Parts],
+    choice: Int[Array, ""],
     token: Int[Array, " B"],
 ) -> dict[str, Array]:
     """Of the token by all three measures, and of the most likely and of given ids by SGLang's.
 
-    SGLang's is after penalties, bias and temperature and before the filters. The logits for it are
-    made anew from the raw ones: nothing is kept for it when nobody asks.
+    SGLang's is after penalties, bias and temperature and before the filters. What the parts make of
+    the logits is made anew: a branch that took it would have it kept when nobody asks.
     """
+    unfiltered = [_before_filters(parts) for parts in choices]
+    prefixes = {len(parts): parts for parts in unfiltered}  # of the same length: the same parts
+    place = jnp.asarray([list(prefixes).index(len(parts)) for parts in unfiltered])
 
-    def of_token(_: None) -> dict[str, Array]:
+    def of_token(before: Parts, parts: Parts) -> dict[str, Array]:
         names = ("logprob", "raw_logprob", "processed_logprob")
-        found = token_logprobs(token, unfiltered(logits), logits, processed)
-        return dict(zip(names, found, strict=True))
+        each = token_logprobs(token, _apply(before, logits), logits, _apply(parts, logits))
+        return dict(zip(names, each, strict=True))
 
-    def of_lists(_: None) -> dict[str, Array]:
-        return listed_logprobs(unfiltered(logits), wants)
+    def of_lists(before: Parts) -> dict[str, Array]:
+        return listed_logprobs(_apply(before, logits), wants)
 
+    def wanted(rows: Bool[Array, " B"], index: Array, ways: list[Any], nothing: Any) -> Any:
+        index = jnp.where((rows & ctx.active).any(), index, len(ways))
+        return jax.lax.switch(index, [*ways, lambda: nothing])
+
+    by_token = [
+        functools.partial(of_token, *pair) for pair in zip(unfiltered, choices, strict=True)
+    ]
+    by_lists = [functools.partial(of_lists, parts) for parts in prefixes.values()]
     return {
-        **jax.lax.cond(
-            (wants.token & ctx.active).any(), of_token, lambda _: no_token_logprobs(token), None
-        ),
-        **jax.lax.cond(
-            (wants.lists & ctx.active).any(), of_lists, lambda _: no_listed_logprobs(wants), None
-        ),
+        **wanted(wants.token, choice, by_token, no_token_logprobs(token)),
+        **wanted(wants.lists, place[choice], by_lists, no_listed_logprobs(wants)),
     }

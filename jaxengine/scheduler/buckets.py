@@ -31,8 +31,13 @@ class Buckets:
 
     @property
     def split_rows(self) -> tuple[int, ...]:
-        """Rows whose logits the split form hands from the model to a sampler."""
-        return tuple(sorted({self.num_slots, *map(self.prefill_rows, self.prefill_tokens)}))
+        """Rows whose logits the split form hands from the model to a sampler: for a few sequences,
+        and for all. Only two, since each is a program to wait for after a sampler was edited."""
+        return tuple(sorted({min(8, self.num_slots), self.num_slots}))
+
+    def split_size(self, num_rows: int) -> int:
+        """The smallest of them with room for so many rows."""
+        return min(rows for rows in self.split_rows if rows >= num_rows)
 
     def page_writes(self, num_rows: int) -> int:
         """Page-table entries a decode window of this bucket may write."""

@@ -87,6 +87,7 @@ def _plan(
     stats = roster.stats
     stats.num_windows += 1
     stats.num_window_steps += steps
+    stats.window_sizes[steps] = stats.window_sizes.get(steps, 0) + 1
     stats.num_decode_rows += len(rows)
     stats.num_decode_padding += num_rows - len(rows)
     stats.num_row_steps += steps * len(rows)

@@ -47,6 +47,8 @@ class PrefillRow(NamedTuple):
       sampler_id: Which sampler draws.
       targets: For every token of the chunk the one that follows it in the prompt, whose logprob is
         wanted; -1 where none is. None when no prompt logprobs are wanted at all.
+      states: Which tokens of the chunk report their hidden state; None for none.
+      embeds: [n, D], instead of the embeddings of its first n tokens.
     """
 
     seq_id: int
@@ -56,6 +58,8 @@ class PrefillRow(NamedTuple):
     draws: bool
     sampler_id: int = 0
     targets: np.ndarray | None = None
+    states: slice | None = None
+    embeds: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +147,10 @@ class StepResult(NamedTuple):
       token_ids: int32 [rows, steps]; -1 where nothing was drawn, -2 and below where drawing failed
         (`DRAW_ERRORS`).
       leaves: What is reported of every drawn token, by name, itself ("token") included: arrays
-        [rows, steps, ...].
+        [rows, steps, ...]. "hidden" is of the token that was fed, the one before.
       prompt_leaves: What there is of prompt tokens, by name: for each row of a prefill an array
-        [tokens of the chunk, ...], to be read where the row's `targets` are not -1.
+        [tokens of the chunk, ...], to be read where the row's `targets` are not -1, hidden states
+        where its `states` say.
     """
 
     token_ids: np.ndarray

@@ -109,6 +109,7 @@ class PrefillDraft:
         start = member.num_prefilled
         member.num_prefilled += count
         self._budget -= count
+        is_leader = member is sequence.leader
         return PrefillRow(
             seq_id=member.request.seq_id,
             slot=member.held_slot,
@@ -116,7 +117,9 @@ class PrefillDraft:
             start=start,
             draws=start + count == length and sequence.is_drawn_by_prefill,
             sampler_id=sequence.request.sampler_id,
-            targets=sequence.take_targets(start, count) if member is sequence.leader else None,
+            targets=sequence.take_targets(start, count) if is_leader else None,
+            states=sequence.take_states(start, count) if is_leader else None,
+            embeds=sequence.embeds(start, count) if is_leader else None,
         )
 
     def _finished(self, is_ready: Callable[..., bool]) -> PrefillPlan:

@@ -1,6 +1,6 @@
 """Who waits and who runs, and which slots and pages they have. The one owner of all of these."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxengine.scheduler.buckets import Buckets
 from jaxengine.scheduler.page_pool import PagePool
@@ -16,6 +16,7 @@ class SchedulerStats:
     Attributes:
       num_windows: Decode windows.
       num_window_steps: Steps of them.
+      window_sizes: How many had so many steps.
       num_decode_rows: Rows of them that were sequences'.
       num_decode_padding: Rows that were nobody's.
       num_row_steps: Steps times rows: tokens they could have drawn.
@@ -32,6 +33,7 @@ class SchedulerStats:
 
     num_windows: int = 0
     num_window_steps: int = 0
+    window_sizes: dict[int, int] = field(default_factory=dict)
     num_decode_rows: int = 0
     num_decode_padding: int = 0
     num_row_steps: int = 0
@@ -183,6 +185,7 @@ class Roster:
         for sequence in self.waiting:
             sequence.num_in_flight = 0
             sequence.next_target = sequence.first_unscored
+            sequence.next_state = sequence.first_stateless
             for member in sequence.members:
                 member.is_filled = False
         self.cache.flush()

@@ -20,9 +20,9 @@ from jaxengine.scheduler.prefill import STREAM_CHUNK_TOKENS, PrefillDraft
 from jaxengine.scheduler.roster import Roster, SchedulerStats
 from jaxengine.scheduler.sequence import Sequence, Status
 from jaxengine.scheduler.urgency import make_room
-from jaxengine.types import DRAW_ERRORS, SequenceRequest, SequenceUpdate, StopReason
+from jaxengine.types import DRAW_ERRORS, HIDDEN, SequenceRequest, SequenceUpdate, StopReason
 
-MAX_PREFILLS_IN_A_ROW = 16
+MAX_PREFILLS_IN_A_ROW = 32
 """After so many a window runs, so that prompts that never cease starve nobody who decodes."""
 
 
@@ -147,7 +147,8 @@ class Scheduler:
             if row.seq_id == sequence.seq_id:
                 prompt_leaves = _prompt_leaves(plan, result, i, sequence)
                 leaves = {name: leaf[i] for name, leaf in result.leaves.items()}
-                update = self._take(sequence, result.token_ids[i], leaves, prompt_leaves)
+                num_steps = plan.num_steps if isinstance(plan, DecodePlan) else 0
+                update = self._take(sequence, result.token_ids[i], leaves, prompt_leaves, num_steps)
                 updates += [update] if update is not None else []
         return updates
 
@@ -196,16 +197,25 @@ class Scheduler:
         token_ids: np.ndarray,
         leaves: Mapping[str, np.ndarray],
         prompt_leaves: Mapping[str, np.ndarray],
+        num_steps: int,
     ) -> SequenceUpdate | None:
         request = sequence.request
         drawn = _read(request, len(sequence.output_ids), token_ids)
         new = drawn.token_ids if request.max_new_tokens else []
-        kept = {name: leaf[: len(drawn.token_ids)] for name, leaf in leaves.items()}
+        finish = sequence.ending or drawn.finish
+        # A window feeds a token more than it draws where it went on after the last one.
+        is_last_fed = finish is not None and len(drawn.token_ids) < num_steps
+        kept = {
+            name: leaf[: len(drawn.token_ids) + (name == HIDDEN and is_last_fed)]
+            for name, leaf in leaves.items()
+        }
         sequence.output_ids += new
         self.stats.num_generated_tokens += len(new)
-        if drawn.finish or drawn.error:
+        if request.feeds_last and not is_last_fed:
+            sequence.ending, finish = finish, None
+        if finish or drawn.error:
             self.finish(sequence.seq_id)
-            return sequence.last_update(new, kept, prompt_leaves, drawn.finish, drawn.error)
+            return sequence.last_update(new, kept, prompt_leaves, finish, drawn.error)
         if not new and not prompt_leaves:
             return None
         return SequenceUpdate(sequence.seq_id, new, kept, prompt_leaves)
@@ -224,30 +234,40 @@ class _Drawn(NamedTuple):
 
 
 def _read(request: SequenceRequest, num_before: int, token_ids: np.ndarray) -> _Drawn:
-    new: list[int] = []
-    for token in (int(t) for t in token_ids):
-        if token == -1:
-            break
-        if token < 0:
-            return _Drawn(new, error=_draw_error(token, request.rid, num_before + len(new)))
-        new.append(token)
-        if num_before + len(new) >= request.max_new_tokens:
-            return _Drawn(new, finish=StopReason("length", length=request.max_new_tokens))
-        if token in request.stop_token_ids and not request.ignore_eos:
-            return _Drawn(new, finish=StopReason("stop", matched=token))
+    """A row's tokens up to the first that ends it; no Python for each of them."""
+    new = token_ids[: max(1, request.max_new_tokens - num_before)].tolist()
+    code = -1
+    if min(new, default=0) < 0:
+        end = next(i for i, token in enumerate(new) if token < 0)
+        new, code = new[:end], new[end]
+    stops = set() if request.ignore_eos else set(request.stop_token_ids)
+    if not stops.isdisjoint(new):
+        end = next(i for i, token in enumerate(new) if token in stops)
+        new, code = new[: end + 1], -1
+    if code != -1:
+        return _Drawn(new, error=_draw_error(code, request.rid, num_before + len(new)))
+    if new and num_before + len(new) >= request.max_new_tokens:
+        return _Drawn(new, finish=StopReason("length", length=request.max_new_tokens))
+    if new and new[-1] in stops:
+        return _Drawn(new, finish=StopReason("stop", matched=new[-1]))
     return _Drawn(new)
 
 
 def _prompt_leaves(
     plan: StepPlan, result: StepResult, row: int, sequence: Sequence
 ) -> dict[str, np.ndarray]:
-    """What a chunk brought of prompt tokens, where its targets are."""
-    targets = plan.rows[row].targets if isinstance(plan, PrefillPlan) else None
-    if targets is None:
+    """What a chunk brought of prompt tokens: logprobs where its targets are, hidden states."""
+    if not isinstance(plan, PrefillPlan):
         return {}
-    is_wanted = targets != -1
-    sequence.first_unscored += int(is_wanted.sum())
-    return {name: leaf[row][is_wanted] for name, leaf in result.prompt_leaves.items()}
+    leaves, (targets, states) = {}, (plan.rows[row].targets, plan.rows[row].states)
+    if targets is not None:
+        is_wanted = targets != -1
+        sequence.first_unscored += int(is_wanted.sum())
+        leaves = {n: x[row][is_wanted] for n, x in result.prompt_leaves.items() if n != HIDDEN}
+    if states is not None:
+        leaves[HIDDEN] = result.prompt_leaves[HIDDEN][row][states]
+        sequence.first_stateless += len(leaves[HIDDEN])
+    return leaves
 
 
 def _by_arrival(sequences: set[Sequence]) -> list[Sequence]:

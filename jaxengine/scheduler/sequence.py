@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
 import numpy as np
 
@@ -77,6 +78,9 @@ class Sequence:
       cached_tokens: Prompt tokens that were not computed when it first started.
       next_target: The first prompt token whose logprob no step was asked for yet.
       first_unscored: The same, of steps that were committed.
+      next_state: The first prompt token whose hidden state is wanted and no step was asked for yet.
+      first_stateless: The same, of steps that were committed.
+      ending: How it ends as soon as the hidden state of its last token is there.
     """
 
     request: SequenceRequest
@@ -92,12 +96,17 @@ class Sequence:
     cached_tokens: int = 0
     next_target: int = 0
     first_unscored: int = 0
+    next_state: int = 0
+    first_stateless: int = 0
+    ending: StopReason | None = None
 
     def __post_init__(self) -> None:
         self.members = [Member(request=r) for r in (self.request, *self.request.companions)]
-        start = self.request.logprob_start
-        first = len(self.request.prompt_ids) if start is None else max(1, start)
-        self.next_target = self.first_unscored = first
+        start, length = self.request.logprob_start, len(self.request.prompt_ids)
+        self.next_target = self.first_unscored = length if start is None else max(1, start)
+        first_states: dict[Any, int] = {None: length, "last": length - 1}
+        first_state = first_states.get(self.request.hidden_states, 0)
+        self.next_state = self.first_stateless = first_state
 
     @property
     def seq_id(self) -> int:
@@ -111,8 +120,11 @@ class Sequence:
 
     @property
     def num_left(self) -> int:
-        """Tokens that may still be scheduled; a limit of 0 draws one, and drops it."""
-        return max(1, self.request.max_new_tokens) - self.num_scheduled
+        """Tokens that may still be scheduled; a limit of 0 draws one, and drops it.
+
+        One whose last token is fed, too, has a step more, which draws nothing.
+        """
+        return max(1, self.request.max_new_tokens) + self.request.feeds_last - self.num_scheduled
 
     @property
     def num_slots_wanted(self) -> int:
@@ -155,10 +167,14 @@ class Sequence:
 
     def max_cached(self, member: Member) -> int:
         """Tokens the prefix cache may serve: not the last to compute, and none of those whose
-        hidden states the wanted prompt logprobs come from."""
+        hidden states are wanted, or the wanted prompt logprobs come from."""
         most = self.prefill_len(member) - 1
-        if self.next_target < len(member.request.prompt_ids) and member is self.leader:
+        if member is not self.leader:
+            return most
+        if self.next_target < len(member.request.prompt_ids):
             most = min(most, self.next_target - 1)
+        if self.next_state < len(member.request.prompt_ids):
+            most = min(most, self.next_state)
         return most
 
     def take_targets(self, start: int, count: int) -> np.ndarray | None:
@@ -171,6 +187,20 @@ class Sequence:
         targets[first - start - 1 : end - start - 1] = prompt[first:end]
         self.next_target = end
         return targets
+
+    def take_states(self, start: int, count: int) -> slice | None:
+        """Which tokens of a chunk must report their hidden state; each is asked for once."""
+        first, end = max(start, self.next_state), start + count
+        end = min(end, len(self.request.prompt_ids))
+        if first >= end:
+            return None
+        self.next_state = end
+        return slice(first - start, end - start)
+
+    def embeds(self, start: int, count: int) -> np.ndarray | None:
+        """What a chunk has instead of embeddings of its ids; outputs have ids."""
+        embeds = self.request.embeds
+        return None if embeds is None or start >= len(embeds) else embeds[start : start + count]
 
     def last_update(
         self,

@@ -11,6 +11,8 @@ from typing import Any
 
 import jaxengine
 from jaxengine.errors import JaxEngineError
+from jaxengine.serve.run_command import add_run_command
+from jaxengine.serve.serve_command import add_serve_command
 
 DEMO_PROMPTS = (
     "ROMEO:\nWhat light",
@@ -23,21 +25,31 @@ DEMO_PARAMS = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 48}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code: 0, or 1 for an error that names its remedy."""
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv, argparse.Namespace(argv=argv))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except JaxEngineError as error:
         print(f"jaxengine: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(
+            f"jaxengine: {error}. Mend it and run the command again: a batch job goes on from "
+            "where it was.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="jaxengine", description="An offline LLM engine in JAX.", allow_abbrev=False
+        prog="jaxengine",
+        description="An offline LLM engine in JAX.",
+        epilog="jaxengine COMMAND --help tells more, with examples.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=jaxengine.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -61,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("src", help="checkpoint folder or hub id", metavar="SRC")
     convert.add_argument("dst", type=Path, help="new folder", metavar="DST")
     convert.set_defaults(run=_convert)
+    add_run_command(commands)
+    add_serve_command(commands)
     return parser
 
 

@@ -8,6 +8,8 @@ import codecs
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from jaxengine.text.patterns import PatternSearch
+
 _REPLACEMENT = "\ufffd"
 
 
@@ -20,7 +22,7 @@ class Detokenizer:
     and the text is valid UTF-8. A push costs what its ids cost (and those of the push before it).
 
     Attributes:
-      matched: The stop string that ended the text, else None.
+      matched: The stop string or pattern that ended the text, else None.
       num_tokens: Ids taken in; after a match, those up to the one that completed it.
     """
 
@@ -29,6 +31,7 @@ class Detokenizer:
         vocabulary: "Vocabulary",
         *,
         stop: Sequence[str] = (),
+        stop_regex: Sequence[str] = (),
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
         no_stop_trim: bool = False,
@@ -39,6 +42,8 @@ class Detokenizer:
           vocabulary: Shared by all samples of a tokenizer.
           stop: Strings that end the text, none empty. They are searched with special tokens
             visible, and the one that ends first wins.
+          stop_regex: Patterns that end the text, likewise; as soon as there is a match, so "a+"
+            matches a single "a".
           skip_special_tokens: Leave special tokens out of the text.
           spaces_between_special_tokens: Passed to tokenizers that know it.
           no_stop_trim: Keep the stop string, or the stop token, in the text.
@@ -46,6 +51,7 @@ class Detokenizer:
         self.matched: str | None = None
         self.num_tokens = 0
         self._stops = [(text, text.encode()) for text in stop]
+        self._patterns = PatternSearch(stop_regex) if stop_regex else None
         self._no_stop_trim = no_stop_trim
         self._shown = vocabulary.reader(skip_special_tokens, spaces_between_special_tokens)
         self._seen = vocabulary.reader(False, spaces_between_special_tokens)
@@ -72,7 +78,7 @@ class Detokenizer:
         if self.matched is not None:
             return ""
         num_shown = len(ids) - (is_stopped and not self._no_stop_trim)
-        if not self._stops:
+        if not self._stops and not self._patterns:
             self.num_tokens += len(ids)
             return self._emit(self._shown.read(ids[:num_shown]))
         data = b""
@@ -103,16 +109,22 @@ class Detokenizer:
     def _search(self, seen: bytes, shown: bytes) -> bytes:
         self._held.append((seen, shown))
         self._tail += seen
+        size = len(self._tail)
         ends = [
             (start + len(stop), start, text)
             for text, stop in self._stops
             if (start := self._tail.find(stop)) >= 0
         ]
+        held = [_overlap(self._tail, stop) for _, stop in self._stops]
+        if self._patterns is not None:
+            if hit := self._patterns.push(seen):
+                ends.append((size - hit.end, max(0, size - hit.start), hit.pattern))
+            else:
+                held.append(min(size, self._patterns.num_held))
         if ends:
             end, start, self.matched = min(ends)
             return self._release(end if self._no_stop_trim else start)
-        num_held = max(_overlap(self._tail, stop) for _, stop in self._stops)
-        return self._release(len(self._tail) - num_held)
+        return self._release(size - max(held))
 
     def _release(self, num_seen: int) -> bytes:
         """Gives out the shown bytes of the first `num_seen` seen ones."""

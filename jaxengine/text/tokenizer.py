@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxengine.errors import ConfigError
+from jaxengine.gguf_file import GGUFFile, is_gguf
+from jaxengine.text.gguf_tokenizer import tokenizer_from_gguf
 
 
 def load_tokenizer(
     path: str | Path, trust_remote_code: bool = False, revision: str | None = None
 ) -> Any:
-    """Loads the Hugging Face tokenizer of a folder or hub id.
+    """Loads the Hugging Face tokenizer of a folder or hub id, or that of a GGUF file.
 
     A folder with a `tokenizer.json` is taken at its word; anything else goes through
     `AutoTokenizer`, which may import torch where torch is installed.
@@ -20,6 +22,9 @@ def load_tokenizer(
     Raises:
       ConfigError: When there is no usable tokenizer.
     """
+    if is_gguf(path):
+        with _no_advice():
+            return tokenizer_from_gguf(GGUFFile(Path(path)))
     with _no_advice():
         from transformers import PreTrainedTokenizerFast as Tokenizer
 
@@ -38,6 +43,33 @@ def load_tokenizer(
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise _no_tokenizer(path, "it has no vocabulary files")
     return tokenizer
+
+
+def set_chat_template(tokenizer: Any, template: str | None, name: str | None) -> None:
+    """Chooses how `messages` become a prompt; nothing changes where both are None.
+
+    Args:
+      tokenizer: Is changed.
+      template: A Jinja template, or the file of one.
+      name: Which of the tokenizer's own, where it has several.
+
+    Raises:
+      ConfigError: For a file or name that is not there.
+    """
+    if template is not None:
+        is_inline = "{" in template
+        if not is_inline and not Path(template).is_file():
+            raise ConfigError(
+                f"`chat_template` {template!r} is neither a Jinja template nor a file; SGLang's "
+                "built-in names are not known here. Leave it out for the tokenizer's own."
+            )
+        tokenizer.chat_template = template if is_inline else Path(template).read_text()
+    elif name is not None:
+        choices = tokenizer.chat_template
+        if not isinstance(choices, dict) or name not in choices:
+            known = ", ".join(choices) if isinstance(choices, dict) else "none by name"
+            raise ConfigError(f"`hf_chat_template_name` {name!r} is not there; it has {known}.")
+        tokenizer.chat_template = choices[name]
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -8,6 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paging import gather_tokens
 
+_CHUNK_TOKENS = 128  # keys and values of a chunk stay in a CPU's cache
+_MASKED = -1e30  # finite, so that a row that sees nothing of a chunk gives no NaN
+
 
 @functools.partial(jax.jit, static_argnames="scale")
 def paged_decode_attention(
@@ -18,14 +21,37 @@ def paged_decode_attention(
     *,
     scale: float,
 ) -> Float[Array, "B N H"]:
-    """Gathers every row's pages and takes a masked softmax; see `api.paged_decode_attention`."""
+    """Walks the pages of all rows chunk by chunk; see `api.paged_decode_attention`.
+
+    An online softmax over the chunks, which stops where the longest row does: a wide page table
+    costs nothing.
+    """
     batch, _, head_dim = q.shape
     num_kv_heads, page_size = kv_pages.shape[2:4]
-    is_token = jnp.arange(page_table.shape[1] * page_size) < kv_lens[:, None]
-    k, v = gather_tokens(kv_pages, page_table, is_token)
+    chunk_pages = -(-_CHUNK_TOKENS // page_size)
+    chunk_tokens = chunk_pages * page_size
+    page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % chunk_pages)))
     q_group = q.reshape(batch, num_kv_heads, -1, head_dim).astype(jnp.float32)
-    scores = scale * jnp.einsum("bkgh,bkth->bkgt", q_group, k, precision="highest")
-    scores = jnp.where(is_token[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1)
-    out = jnp.einsum("bkgt,bkth->bkgh", weights, v, precision="highest")
+
+    def attend_chunk(chunk, carry):
+        row_max, row_sum, acc = carry
+        pages = jax.lax.dynamic_slice_in_dim(page_table, chunk * chunk_pages, chunk_pages, axis=1)
+        position = chunk * chunk_tokens + jnp.arange(chunk_tokens)
+        is_token = position < kv_lens[:, None]
+        k, v = gather_tokens(kv_pages, pages, is_token)
+        scores = scale * jnp.einsum("bkgh,bkth->bkgt", q_group, k, precision="highest")
+        scores = jnp.where(is_token[:, None, None], scores, _MASKED)
+        new_max = jnp.maximum(row_max, scores.max(axis=-1))
+        weights = jnp.where(is_token[:, None, None], jnp.exp(scores - new_max[..., None]), 0.0)
+        rescale = jnp.exp(row_max - new_max)
+        acc = acc * rescale[..., None]
+        acc += jnp.einsum("bkgt,bkth->bkgh", weights, v, precision="highest")
+        return new_max, row_sum * rescale + weights.sum(axis=-1), acc
+
+    stats = jnp.zeros(q_group.shape[:-1])
+    num_chunks = (kv_lens.max() + chunk_tokens - 1) // chunk_tokens
+    _, row_sum, acc = jax.lax.fori_loop(
+        0, num_chunks, attend_chunk, (stats + _MASKED, stats, jnp.zeros(q_group.shape))
+    )
+    out = acc / jnp.where(row_sum > 0, row_sum, 1.0)[..., None]
     return out.reshape(q.shape).astype(q.dtype)

@@ -5,14 +5,17 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxengine.bench import startup
 from jaxengine.bench.__main__ import main, parse
+from jaxengine.bench.calls import Call, mixed
+from jaxengine.bench.checks import check_outputs
 from jaxengine.bench.environment import KernelLog
 from jaxengine.bench.roofline import Lengths, Peaks, Roofline, Work, compare
 from jaxengine.bench.shapes import SHAPES
-from jaxengine.bench.workloads import SAMPLING_VARIANTS, WORKLOADS, Call, check_outputs, mixed
+from jaxengine.bench.workloads import SAMPLING_VARIANTS, WORKLOADS
 from jaxengine.models.qwen2 import parse_config
 from pallas_kernels import dispatch
 
@@ -47,7 +50,8 @@ def too_long(scale: float, vocab_size: int) -> list[Call]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     out = tmp_path_factory.mktemp("bench") / "results.jsonl"
     bad = dataclasses.replace(WORKLOADS["w1"], calls=too_long)
-    command = ["w1", "bad", "w2", "w4", "w6_logprobs", *SMALL, "--runs", "2", "--out", str(out)]
+    command = ["w1", "bad", "w2", "w4", "w6_custom", "w6_hidden_states", *SMALL]
+    command += ["--runs", "2", "--out", str(out)]
     dispatch._log_once.cache_clear()  # another test's engine may have said it in this process
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(WORKLOADS, "bad", bad)
@@ -61,7 +65,7 @@ def good(results: dict[str, dict]) -> dict[str, dict]:
 
 
 def test_results_come_in_order_with_every_field(good: dict[str, dict]):
-    assert list(good) == ["w1", "w2", "w4_p32", "w4_p1024", "w6_logprobs"]
+    assert list(good) == ["w1", "w2", "w4_p32", "w4_p1024", "w6_custom", "w6_hidden_states"]
     for result in good.values():
         assert set(result) == set(FIELDS.split())
         assert len(result["runs"]) == 2
@@ -76,10 +80,12 @@ def test_results_come_in_order_with_every_field(good: dict[str, dict]):
 
 def test_checks_hold_and_are_those_of_the_workload(good: dict[str, dict]):
     everywhere = {"lengths", "ids_in_vocabulary", "nothing_cached", "alone_as_in_batch"}
+    everywhere |= {"logprobs_as_plain", "decided_tokens_as_plain", "tokens_pass_filters"}
+    everywhere |= {"plain_path_ran"}
     single = everywhere | {"replays_identical", "calls_agree"}
     assert set(good["w1"]["checks"]) == set(good["w4_p32"]["checks"]) == single
     assert set(good["w2"]["checks"]) == everywhere
-    assert set(good["w6_logprobs"]["checks"]) == everywhere | {"logprobs"}
+    assert set(good["w6_hidden_states"]["checks"]) == everywhere | {"hidden_states"}
     assert all(result["is_correct"] for result in good.values())
 
 
@@ -113,9 +119,9 @@ def test_mixed_workload_is_the_published_recipe():
 
 def test_workloads_are_the_same_whenever_they_are_made():
     for name, workload in WORKLOADS.items():
-        calls = workload.calls(0.05, 1000)
-        assert max(max(ids) for call in calls for ids in call.input_ids) < 1000
-        assert calls[-1] == workload.calls(0.05, 1000)[-1], f"{name} differs when made again"
+        first, again = (workload.calls(0.05, 1000)[-1] for _ in range(2))
+        assert max(map(max, first.input_ids)) < 1000
+        assert first[:2] == again[:2], f"{name} differs when made again"
     (call,) = WORKLOADS["w3"].calls(1.0, 1000)
     assert (len(call.input_ids), len(call.input_ids[0])) == (2048, 512)
     assert call.num_output_tokens == 2048 * 256
@@ -145,11 +151,18 @@ def output(ids: list[int], **meta: object) -> dict:
         (output([1, 2], cached_tokens=1), "nothing_cached"),
         (output([1, 2], output_token_logprobs=[(float("nan"), 1, None)] * 2), "logprobs"),
         (output([1, 2], output_token_logprobs=[(-1.0, 1, None)]), "logprobs"),
+        (output([1, 2], output_top_logprobs=[[(-1.0, 1, None)]] * 2), "top_logprobs"),
+        (output([1, 2], hidden_states=np.ones((4, 4))), "hidden_states"),
+        (output([1, 2], hidden_states=np.zeros((3, 4))), "hidden_states"),
     ],
 )
 def test_checks_notice(wrong: dict, check: str):
-    asks_logprobs = check == "logprobs"
-    call = Call([[1]], [{"max_new_tokens": 2}], return_logprob=asks_logprobs)
+    asked = {
+        "logprobs": {"return_logprob": True},
+        "top_logprobs": {"top_logprobs_num": 2},
+        "hidden_states": {"return_hidden_states": True},
+    }
+    call = Call([[1]], [{"max_new_tokens": 2}], asked.get(check, {}))
     assert [name for name, good in check_outputs(call, [wrong], 10).items() if not good] == [check]
 
 

@@ -2,14 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import jaxengine
 from tests.engine import tiny
-from tests.text.tokenizers_for_tests import byte_level
 
 SETTINGS = {
     "max_running_requests": 4,
@@ -26,38 +24,6 @@ POOL_TOKENS = 240
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("executables")
-    folder.chmod(0o700)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def settings(cache_dir: Path) -> dict[str, Any]:
-    """Settings of every tiny engine: any two of them share their executables."""
-    return {**SETTINGS, "max_total_tokens": POOL_TOKENS, "cache_dir": str(cache_dir)}
-
-
-@pytest.fixture(scope="session")
-def demo_settings(cache_dir: Path) -> dict[str, Any]:
-    return {**SETTINGS, "max_total_tokens": 512, "cache_dir": str(cache_dir)}
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    return byte_level()
-
-
-@pytest.fixture(scope="session")
-def engine(settings: dict[str, Any], tokenizer: Any) -> Iterator[jaxengine.Engine]:
-    """The tiny model with a tokenizer."""
-    with jaxengine.Engine(**tiny.engine_arguments(), tokenizer=tokenizer, **settings) as engine:
-        engine.wait_until_compiled()
-        yield engine
-        assert_idle(engine)
-
-
-@pytest.fixture(scope="session")
 def step_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Windows of a single step; and one page a sequence, so half as many programs."""
     single = {"page_size": 256, "chunked_prefill_size": 256, "prefill_buckets": (256,)}
@@ -69,14 +35,6 @@ def step_engine(step_settings: dict[str, Any], tokenizer: Any) -> Iterator[jaxen
     """The tiny model with the host looking at every token."""
     model = tiny.engine_arguments()
     with jaxengine.Engine(**model, tokenizer=tokenizer, **step_settings) as engine:
-        engine.wait_until_compiled()
-        yield engine
-        assert_idle(engine)
-
-
-@pytest.fixture(scope="session")
-def demo(demo_settings: dict[str, Any]) -> Iterator[jaxengine.Engine]:
-    with jaxengine.Engine(model_path=jaxengine.DEMO_MODEL, **demo_settings) as engine:
         engine.wait_until_compiled()
         yield engine
         assert_idle(engine)

@@ -21,7 +21,7 @@ VOCAB = tiny.CONFIG.vocab_size
 
 # What is passed to `generate`, the error, and words of its message.
 BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({}, RequestError, "`prompt` or `input_ids`"),
+    ({}, RequestError, "`prompt`, `input_ids` or `input_embeds` must be given"),
     ({"prompt": ""}, RequestError, "`prompt` is empty"),
     ({"prompt": ["the", ""]}, RequestError, "Prompt 1 is empty"),
     ({"prompt": 5}, RequestError, "`prompt` must be a string"),
@@ -204,7 +204,7 @@ def test_nan_logits_fail_their_request_alone(poisoned_engine: Any, params: dict[
     for _ in range(3):
         first, error, *others = asyncio.run(run())
         assert isinstance(error, NaNLogitsError)
-        assert "Request bad: the model gave NaN logits after 0 tokens" in str(error)
+        assert "Request bad, after 0 tokens: the model gave NaN logits" in str(error)
         for prompt, output in zip(prompts, [first, *others], strict=True):
             tiny.assert_greedy(prompt, output["output_ids"])
 

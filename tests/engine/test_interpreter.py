@@ -69,7 +69,7 @@ while thread.is_alive() and not engine.stats()["num_running"]:
     time.sleep(0.001)
 """,
     "while programs compile": """
-from jaxengine.runtime.runner import ProgramFactory
+from jaxengine.runtime.program_factory import ProgramFactory
 os.cpu_count = lambda: 1  # compile one at a time
 ProgramFactory.first = lambda self: ()  # and wait for none of them
 engine = make_engine(executable_cache=False)

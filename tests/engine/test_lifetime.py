@@ -12,7 +12,7 @@ import pytest
 
 from jaxengine import Engine
 from jaxengine.errors import ConfigError, EngineDeadError
-from jaxengine.runtime.programs import ExecutableCache, ProgramSpec
+from jaxengine.runtime.executables import ExecutableCache, ProgramSpec
 from tests.engine import tiny
 from tests.engine.conftest import wait_for
 

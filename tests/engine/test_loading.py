@@ -16,6 +16,7 @@ from jaxengine.errors import ConfigError, WeightsError
 from jaxengine.serve import cli
 from tests.engine import tiny
 from tests.engine.conftest import wait_for
+from tests.gguf_files import write_gguf
 
 GREEDY = {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True}
 [PROMPT] = tiny.prompts_of(9)
@@ -112,6 +113,17 @@ def test_orbax_checkpoint_gives_the_same(checkpoint: Path, tmp_path: Path, make_
     assert engine.generate("the fox", GREEDY)["text"]
 
 
+def test_gguf_file_gives_what_its_tensors_give(tmp_path: Path, make_engine: Any, tokenizer: Any):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny.CONFIG, tiny.TENSORS, tokenizer=tokenizer)
+    engine = make_engine(model_path=path)
+    tiny.assert_greedy(PROMPT, greedy_ids(engine))
+    output = engine.generate("the fox", GREEDY)
+    assert output["meta_info"]["prompt_tokens"] == len(tokenizer.encode("the fox"))
+    assert output["text"] == tokenizer.decode(output["output_ids"])
+    with pytest.raises(ConfigError, match="`load_format` 'gguf' needs a"):
+        make_engine(model_path=tmp_path, load_format="gguf")
+
+
 def test_convert_does_not_write_over_anything(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["convert", str(checkpoint), str(checkpoint)]) == 1
     assert "exists already" in capsys.readouterr().err
@@ -169,9 +181,9 @@ def test_unknown_hub_id_offline_says_what_was_looked_for_and_where(
 
 
 def test_other_architectures_are_refused_by_name(tmp_path: Path, make_engine: Any):
-    raw = {**tiny.RAW_CONFIG, "architectures": ["LlamaForCausalLM"]}
+    raw = {**tiny.RAW_CONFIG, "architectures": ["GemmaForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ConfigError, match=r"LlamaForCausalLM.*Qwen2ForCausalLM"):
+    with pytest.raises(ConfigError, match=r"GemmaForCausalLM.*Qwen2ForCausalLM"):
         make_engine(model_path=tmp_path, skip_tokenizer_init=True)
 
 

@@ -22,17 +22,19 @@ from jaxengine.sampling import (
     Param,
     Sampler,
     chain,
-    default_sampler,
+    detect_watermark,
     dry,
+    forced_tokens,
     gumbel_max,
     mirostat_v2,
     temperature,
+    watermark,
 )
 from tests.engine import tiny
 from tests.engine.conftest import wait_for
 
 GREEDY = {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True}
-PROMPT, OTHER = tiny.prompts_of(6, 9)
+PROMPT, OTHER, LONG = tiny.prompts_of(6, 9, 90)
 SURPRISED = {"mirostat_tau": 3.0, "seed": 7, "max_new_tokens": 60, "ignore_eos": True}
 
 
@@ -45,6 +47,10 @@ def compiled(engine: Any) -> int:
     return engine.stats()["programs"]["num_compiled"]
 
 
+def is_compiled(engine: Any) -> bool:
+    return all(program.done() for program in list(engine._programs._done.values()))
+
+
 def ids(output: Any) -> list[int]:
     return output["output_ids"]
 
@@ -52,6 +58,7 @@ def ids(output: Any) -> list[int]:
 def test_any_function_is_a_sampler_and_equal_ones_compile_once(engine: Any):
     engine.generate(input_ids=PROMPT, sampler=lambda logits, ctx: jnp.argmax(logits, -1))
     before = {key.owner for key in engine._programs._done}
+    num_alive = len(engine._samplers.alive())
     for _ in range(10):
         output = engine.generate(
             input_ids=PROMPT,
@@ -60,6 +67,7 @@ def test_any_function_is_a_sampler_and_equal_ones_compile_once(engine: Any):
         )
         tiny.assert_greedy(PROMPT, ids(output))
     assert {key.owner for key in engine._programs._done} == before
+    assert len(engine._samplers.alive()) == num_alive
 
 
 def test_what_a_function_closes_over_makes_it_another(engine: Any):
@@ -87,12 +95,12 @@ def test_split_and_fused_forms_draw_the_same(engine: Any):
     first = [ids(output) for output in run()]
     live = engine._samplers.get(mirostat())
     assert live.num_split_steps > 0 and live.is_stateful
-    for _ in range(200):
-        assert [ids(output) for output in run()] == first
+    for _ in range(10):
         before = live.num_split_steps
-        run()
+        assert [ids(output) for output in run()] == first
         if live.num_split_steps == before:  # both prefill and windows are fused by now
             break
+        assert wait_for(lambda: is_compiled(engine), seconds=100)
     else:
         pytest.fail("the sampler was never compiled into the window")
     now = compiled(engine)
@@ -208,21 +216,19 @@ def test_samplers_side_by_side_draw_what_they_draw_alone(engine: Any):
 
 
 def test_state_and_history_survive_preemption(make_engine: Any):
-    """The pool holds one and a half of them, so they are preempted and computed anew."""
+    """The pool holds one and a half of them, so they are preempted and computed anew, in chunks:
+    one prompt and all that is computed anew are longer than a prefill."""
     engine = make_engine(disable_radix_cache=True)
+    texts = [PROMPT, LONG]
     both = Sampler(chain(dry(), temperature(), mirostat_v2()))
     params = {**SURPRISED, "max_new_tokens": 100, "dry_multiplier": 1.0, "dry_allowed_length": 1}
-    alone = [
-        ids(engine.generate(input_ids=p, sampling_params=params, sampler=both))
-        for p in (PROMPT, OTHER)
-    ]
+    alone = [ids(engine.generate(input_ids=p, sampling_params=params, sampler=both)) for p in texts]
 
     async def together() -> list[Any]:
-        calls = [PROMPT, OTHER, PROMPT, OTHER]
         return await asyncio.gather(
             *(
                 engine.async_generate(input_ids=p, sampling_params=params, sampler=both)
-                for p in calls
+                for p in texts * 2
             )
         )
 
@@ -314,6 +320,22 @@ def test_learned_arrays_are_replaced_without_a_recompile(engine: Any):
     assert counts[0] == counts[1]
 
 
+def test_given_tokens_are_replayed_with_their_logprobs_and_keep_their_watermark(engine: Any):
+    marked = chain(temperature(), watermark(gamma=0.5), forced_tokens(max_tokens=32))
+    params = {"watermark_delta": 6.0, "temperature": 0.9, "max_new_tokens": 30, "ignore_eos": True}
+    call = {"input_ids": PROMPT, "sampler": marked, "return_logprob": True, "top_logprobs_num": 3}
+    drawn = engine.generate(sampling_params={**params, "seed": 5}, **call)
+    forced = {**params, "seed": 6, "forced_token_ids": ids(drawn)}
+    again = engine.generate(sampling_params=forced, **call)
+    assert ids(again) == ids(drawn)
+    for name in ("output_token_logprobs", "output_top_logprobs", "output_token_raw_logprobs"):
+        assert again["meta_info"][name] == drawn["meta_info"][name]
+    assert again["meta_info"]["output_token_processed_logprobs"] == [0.0] * 30
+    plain = engine.generate(sampling_params={**params, "watermark_delta": 0.0, "seed": 5}, **call)
+    assert detect_watermark(ids(drawn), gamma=0.5).p_value < 1e-3
+    assert detect_watermark(ids(plain), gamma=0.5).p_value > 0.05
+
+
 def guided(scale: float) -> Callable[..., jax.Array]:
     return lambda logits, ctx: logits[:, 1] + scale * (logits[:, 0] - logits[:, 1])
 
@@ -388,9 +410,13 @@ def test_engine_with_a_sampler_of_its_own(make_engine: Any):
         input_ids=PROMPT, sampling_params={"max_new_tokens": 20, "ignore_eos": True}
     )
     tiny.assert_greedy(PROMPT, ids(output))
-    # And the usual chain for a single call.
-    output = engine.generate(input_ids=PROMPT, sampling_params=GREEDY, sampler=default_sampler())
-    tiny.assert_greedy(PROMPT, ids(output))
+    # And another for a single call.
+    output = engine.generate(
+        input_ids=PROMPT,
+        sampling_params={"max_new_tokens": 5, "ignore_eos": True},
+        sampler=lambda logits, ctx: 0 * ctx.position + 7,
+    )
+    assert ids(output) == [7] * 5
 
 
 def test_mirostat_meets_its_target(engine: Any):

@@ -112,6 +112,13 @@ def test_reported_seed_replays_any_sample(engine: Any):
     )
 
 
+def test_an_exact_seed_is_everyones(engine: Any):
+    params = {**SAMPLED, "n": 2, "seed": 100, "seed_mode": "exact"}
+    outputs = engine.generate(input_ids=[PROMPTS[0]] * 2, sampling_params=params)
+    assert [output["meta_info"]["seed"] for output in outputs] == [100] * 4
+    assert ids_of(outputs) == [generate_one(engine, 0)] * 4
+
+
 def test_requests_without_a_seed_differ_and_replay(engine: Any):
     outputs = [
         engine.generate(input_ids=PROMPTS[0], sampling_params=SAMPLED),

@@ -24,6 +24,7 @@ CONFIG = ModelConfig(
     head_dim=16,
     rms_norm_eps=1e-6,
     rope_theta=10000.0,
+    qkv_bias=True,
     tie_word_embeddings=False,
     max_position_embeddings=256,
     dtype="float32",
@@ -101,10 +102,20 @@ def write_checkpoint(
 
 def forward(tensors: Tensors, config: ModelConfig, ids: Sequence[int]) -> np.ndarray:
     """Logits [T, V] of a whole text."""
-    embedding = tensors["model.embed_tokens.weight"]
-    x = embedding[np.asarray(ids)]
+    final = hidden_states(tensors, config, embeddings(tensors, ids))[-1]
+    output = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
+    return (final @ output.T).astype(np.float32)
+
+
+def embeddings(tensors: Tensors, ids: Sequence[int]) -> np.ndarray:
+    return tensors["model.embed_tokens.weight"][np.asarray(ids)]
+
+
+def hidden_states(tensors: Tensors, config: ModelConfig, embeds: np.ndarray) -> list[np.ndarray]:
+    """[T, D] of every layer as transformers counts them, the last of them after the final norm."""
+    x = embeds
     half = np.arange(0, config.head_dim, 2) / config.head_dim
-    angles = np.outer(np.arange(len(ids)), config.rope_theta**-half)
+    angles = np.outer(np.arange(len(embeds)), config.rope_theta**-half)
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
@@ -115,14 +126,16 @@ def forward(tensors: Tensors, config: ModelConfig, ids: Sequence[int]) -> np.nda
         return x @ tensors[f"{name}.weight"].T + tensors.get(f"{name}.bias", 0)
 
     def heads(x: np.ndarray, name: str, is_rotated: bool = True) -> np.ndarray:
-        y = linear(x, name).reshape(len(ids), -1, config.head_dim)
+        y = linear(x, name).reshape(len(embeds), -1, config.head_dim)
         if is_rotated:
             a, b = np.split(y, 2, axis=-1)
             y = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
         return np.repeat(y, config.num_heads // y.shape[1], axis=1)
 
-    mask = np.triu(np.full((len(ids), len(ids)), -np.inf), 1)
+    mask = np.triu(np.full((len(embeds), len(embeds)), -np.inf), 1)
+    states = []
     for i in range(config.num_layers):
+        states.append(x)
         layer = f"model.layers.{i}"
         h = norm(x, f"{layer}.input_layernorm")
         q, k = heads(h, f"{layer}.self_attn.q_proj"), heads(h, f"{layer}.self_attn.k_proj")
@@ -130,15 +143,14 @@ def forward(tensors: Tensors, config: ModelConfig, ids: Sequence[int]) -> np.nda
         scores = np.einsum("qnh,knh->nqk", q, k) / np.sqrt(config.head_dim) + mask
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        attended = np.einsum("nqk,knh->qnh", weights, v).reshape(len(ids), -1)
+        attended = np.einsum("nqk,knh->qnh", weights, v).reshape(len(embeds), -1)
         x = x + linear(attended, f"{layer}.self_attn.o_proj")
         h = norm(x, f"{layer}.post_attention_layernorm")
         gate = linear(h, f"{layer}.mlp.gate_proj")
         x = x + linear(
             gate / (1 + np.exp(-gate)) * linear(h, f"{layer}.mlp.up_proj"), f"{layer}.mlp.down_proj"
         )
-    output = tensors.get("lm_head.weight", embedding)
-    return (norm(x, "model.norm") @ output.T).astype(np.float32)
+    return [*states, norm(x, "model.norm")]
 
 
 def penalized(

@@ -8,7 +8,8 @@ per model holds the weights under their Hugging Face names, the prompts as `inpu
 float32 logits as `logits.<i>`; its metadata holds the config and the versions. The weights are
 stored as float16, which loses nothing: they were rounded to it before the logits were computed.
 The demo model's own weights are not stored again, only their SHA-256, and logits for a few
-positions (`positions.<i>`). `sampling.safetensors` holds what transformers' logits processors make
+positions (`positions.<i>`). `rope.safetensors` holds the rotary frequencies of published models
+with scaling. `sampling.safetensors` holds what transformers' logits processors make
 of rows of logits, each row with values of its own.
 """
 
@@ -104,6 +105,55 @@ CONFIGS = {
 }
 
 
+def small(architecture: str, rope: dict[str, object], **values: object) -> dict[str, object]:
+    """A `config.json` of another family, as small as shows how it differs."""
+    return (
+        config(
+            architectures=[architecture],
+            model_type=architecture.removesuffix("ForCausalLM").lower(),
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=40,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rope_theta=10000.0,
+            rope_scaling=rope or None,
+        )
+        | values
+    )
+
+
+# Scaling as in the models' own configs, but of a context so short that every rule shows.
+CONFIGS |= {
+    "llama_llama3": small(
+        "LlamaForCausalLM",
+        {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 24,
+            "rope_type": "llama3",
+        },
+        head_dim=16,
+        tie_word_embeddings=True,
+    ),
+    "mistral_linear": small(
+        "MistralForCausalLM",
+        {"factor": 4.0, "type": "linear"},
+        head_dim=8,
+        tie_word_embeddings=False,
+        sliding_window=None,
+    ),
+    "qwen2_yarn": small(
+        "Qwen2ForCausalLM",
+        {"factor": 4.0, "original_max_position_embeddings": 32, "type": "yarn"},
+        tie_word_embeddings=True,
+        max_position_embeddings=32,
+    ),
+    "qwen3": small("Qwen3ForCausalLM", {}, head_dim=24, tie_word_embeddings=True),
+}
+
+
 def random_weights(model: torch.nn.Module, seed: int) -> dict[str, np.ndarray]:
     """Float16 weights at a scale that keeps activations near 1, biases and norms not trivial."""
     rng = np.random.default_rng(seed)
@@ -131,9 +181,10 @@ def logits_of(model: transformers.PreTrainedModel, ids: np.ndarray) -> np.ndarra
 def golden_random(name: str, seed: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Tensors and metadata of one random model."""
     values = CONFIGS[name]
-    model_config = transformers.Qwen2Config.from_dict(values)
+    architecture = getattr(transformers, values["architectures"][0])
+    model_config = architecture.config_class.from_dict(json.loads(json.dumps(values)))
     model_config._attn_implementation = "eager"
-    model = transformers.Qwen2ForCausalLM(model_config).eval().float()
+    model = architecture(model_config).eval().float()
     weights = random_weights(model, seed)
     if values["tie_word_embeddings"]:
         del weights["lm_head.weight"]
@@ -179,6 +230,98 @@ def weights_sha256(folder: Path) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+# Model -> head size, theta, context length and `rope_scaling` of its published config.
+ROPES = {
+    "llama-3.1-8b": (
+        128,
+        500000.0,
+        131072,
+        {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+    ),
+    "llama-3.2-1b": (
+        64,
+        500000.0,
+        131072,
+        {
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+    ),
+    "qwen2.5-7b": (
+        128,
+        1000000.0,
+        32768,
+        {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+    ),
+    "mscale": (  # as DeepSeek's configs have it
+        64,
+        10000.0,
+        163840,
+        {
+            "factor": 40,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.8,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+        },
+    ),
+    "not_truncated": (  # as gpt-oss has it
+        64,
+        150000.0,
+        131072,
+        {
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+    ),
+    "attention_factor": (
+        128,
+        10000.0,
+        8192,
+        {
+            "factor": 2.0,
+            "attention_factor": 1.25,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+        },
+    ),
+    "vicuna-7b-16k": (128, 10000.0, 4096, {"factor": 4.0, "type": "linear"}),
+    "plain": (128, 1000000.0, 32768, {"rope_type": "default"}),
+}
+
+
+def golden_rope() -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """For every model its frequencies, and last its attention factor."""
+    tensors = {}
+    for name, (head_dim, theta, most, scaling) in ROPES.items():
+        model_config = transformers.LlamaConfig(
+            hidden_size=head_dim,
+            num_attention_heads=1,
+            max_position_embeddings=most,
+            rope_theta=theta,
+            rope_scaling=dict(scaling),
+        )
+        module = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(model_config)
+        rates = module.inv_freq.numpy()
+        tensors[f"rope.{name}"] = np.append(rates, np.float32(module.attention_scaling))
+    return tensors, {"ropes": json.dumps(ROPES)}
 
 
 V, ROWS = 48, 6
@@ -298,6 +441,7 @@ def make_all() -> dict[str, tuple[dict[str, np.ndarray], dict[str, str]]]:
     goldens = {name: golden_random(name, seed) for seed, name in enumerate(CONFIGS)}
     if DEMO.exists():
         goldens["demo"] = golden_demo()
+    goldens["rope"] = golden_rope()
     goldens["sampling"] = golden_sampling()
     return goldens
 
@@ -315,7 +459,7 @@ def check(name: str, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -
     worst = 0.0
     for key in sorted(stored.keys() & tensors.keys()):
         finite = np.isfinite(stored[key])
-        if not key.startswith(("logits.", "scores.")):
+        if not key.startswith(("logits.", "rope.", "scores.")):
             if not np.array_equal(stored[key], tensors[key]):
                 wrong.append(f"{name}: {key} differs")
             continue

@@ -18,7 +18,8 @@ from tests.oracle import params_from_tensors, run_prefill
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 DEMO = Path(jaxengine.DEMO_MODEL)
-NAMES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
+# The other golden files are about sampling and rotary frequencies.
+NAMES = sorted({path.stem for path in GOLDEN.glob("*.safetensors")} - {"rope", "sampling"})
 RELATIVE_ERROR = 1e-4
 
 WHOLE, CHUNKED, TOKEN_BY_TOKEN = 128, 5, 1

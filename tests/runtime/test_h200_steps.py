@@ -2,7 +2,6 @@
 
 import functools
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +14,20 @@ from jaxengine.nn.attention import ForwardContext
 from jaxengine.runtime import weights
 from jaxengine.runtime.decode_loop import SamplerSteps
 from jaxengine.runtime.forward import Forward
-from jaxengine.runtime.programs import ProgramKey
-from jaxengine.runtime.runner import ProgramFactory
+from jaxengine.runtime.program_factory import ProgramFactory
+from jaxengine.runtime.programs import ProgramKey, ProgramSpec
 from jaxengine.runtime.sharding import make_mesh
 from jaxengine.runtime.slots import slot_layout
-from jaxengine.sampling import default_sampler
+from jaxengine.sampling import (
+    Sampler,
+    chain,
+    default_sampler,
+    dry,
+    mirostat_v2,
+    temperature,
+    top_k_top_p_min_p,
+    typical,
+)
 from jaxengine.scheduler.buckets import Buckets
 from tests import deviceless
 
@@ -41,15 +49,16 @@ CONFIG = ModelConfig(
     head_dim=64,
     rms_norm_eps=1e-6,
     rope_theta=1e6,
+    qkv_bias=True,
     tie_word_embeddings=True,
     max_position_embeddings=16 * PAGES_PER_SEQUENCE,
 )
 
 
-@functools.cache
-def compiled(kind: str, size: int, dump: Path) -> jax.stages.Compiled:
-    mesh = make_mesh(list(deviceless.mesh().devices.flat))
-    sampler = default_sampler()
+MESH = functools.cache(lambda: make_mesh(list(deviceless.mesh().devices.flat)))
+
+
+def bound(sampler: Sampler, size: int) -> tuple[ProgramFactory, SamplerSteps]:
     model = BoundModel(MODELS[CONFIG.architecture], CONFIG, jnp.dtype(jnp.bfloat16))
     buckets = Buckets(
         decode_rows=(size,),
@@ -63,22 +72,26 @@ def compiled(kind: str, size: int, dump: Path) -> jax.stages.Compiled:
         model=model,
         layout=slot_layout(PAGES_PER_SEQUENCE),
         buckets=buckets,
-        ctx=ForwardContext(mesh=mesh, kernels="triton"),
+        ctx=ForwardContext(mesh=MESH(), kernels="triton"),
         num_top=20,
     )
-    steps = SamplerSteps.bind(forward, sampler)
     kv_dtype = jnp.dtype(jnp.bfloat16)
-    factory = ProgramFactory(forward, weights.place(model, mesh), mesh, NUM_PAGES, kv_dtype)
-    spec = factory.fused(steps, is_cached=True)[ProgramKey(kind, size, PAGES_PER_SEQUENCE)]
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = spec.lower()
-    return lowered.compile({**spec.options, "xla_dump_to": str(dump)})
+    factory = ProgramFactory(forward, weights.place(model, MESH()), MESH(), NUM_PAGES, kv_dtype)
+    return factory, SamplerSteps.bind(forward, sampler)
+
+
+def compiled(spec: ProgramSpec, **options: str) -> jax.stages.Compiled:
+    with jax.sharding.use_abstract_mesh(MESH().abstract_mesh):
+        return spec.lower().compile({**spec.options, **options})
 
 
 @pytest.fixture(scope="module", params=[("decode", 64), ("prefill", 1024)], ids=lambda p: p[0])
 def step(request, tmp_path_factory):
     dump = tmp_path_factory.mktemp(request.param[0])
-    return request.param, compiled(*request.param, dump), dump
+    kind, size = request.param
+    factory, steps = bound(default_sampler(), size)
+    spec = factory.fused(steps, is_cached=True)[ProgramKey(kind, size, PAGES_PER_SEQUENCE)]
+    return request.param, compiled(spec, xla_dump_to=str(dump)), dump
 
 
 def test_kv_cache_is_aliased_and_nothing_large_is_copied(step):
@@ -86,6 +99,15 @@ def test_kv_cache_is_aliased_and_nothing_large_is_copied(step):
     kv_bytes = NUM_LAYERS * NUM_PAGES * 2 * 2 * 16 * 64 * 2
     assert program.memory_analysis().alias_size_in_bytes >= kv_bytes
     assert deviceless.large_copies(program, min_elements=MIB // 4) == []
+
+
+def test_a_sampler_of_a_call_copies_and_sorts_no_logits():
+    sampler = Sampler(chain(dry(), temperature(), top_k_top_p_min_p(), typical(), mirostat_v2()))
+    factory, steps = bound(sampler, 64)
+    program = compiled(factory.split(steps)[ProgramKey("draw", 64)])
+    assert deviceless.large_copies(program, min_elements=MIB // 4) == []
+    sorts = [line for line in (program.as_text() or "").splitlines() if " sort(" in line]
+    assert not [line for line in sorts if str(CONFIG.vocab_size) in line]
 
 
 def test_every_layer_calls_the_kernel_and_none_gathers_a_sequence(step):

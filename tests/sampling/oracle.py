@@ -115,6 +115,15 @@ def additive_penalties(
     return logits - frequency_penalty * counts - presence_penalty * (counts > 0)
 
 
+def logit_bias(
+    logits: np.ndarray, text: Any, logit_bias_ids: Any, logit_bias_values: Any
+) -> np.ndarray:
+    out = logits.copy()
+    for token, bias in zip(logit_bias_ids, logit_bias_values, strict=True):
+        out[token] += bias
+    return out
+
+
 def repetition_penalty(logits: np.ndarray, text: Any, repetition_penalty: float) -> np.ndarray:
     out = logits.copy()
     for token in set(text):
@@ -175,6 +184,15 @@ def watermark(
 ) -> np.ndarray:
     green = [is_green(int(text[-1]), token, gamma, key) for token in range(len(logits))]
     return logits + watermark_delta * np.array(green)
+
+
+def contrastive(
+    expert: np.ndarray, amateur: np.ndarray, contrastive_beta: float, contrastive_alpha: float
+) -> np.ndarray:
+    if not contrastive_beta:
+        return expert
+    contrast = (1 + contrastive_beta) * expert - contrastive_beta * amateur
+    return keep(contrast, softmax(expert) >= contrastive_alpha * softmax(expert).max())
 
 
 def is_green(before: int, token: int, gamma: float, key: int) -> bool:

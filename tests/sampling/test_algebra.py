@@ -44,7 +44,7 @@ def surprise_cap(is_per_row: bool) -> LogitsTransform:
         },
         params={"bonus": Param("float32", 0.0)},
         needs=s.Needs(history=3),
-        arrays={"bias": jnp.arange(V, dtype=jnp.float32)},
+        arrays={"bias": np.arange(V, dtype=np.float32)},
         is_on=lambda ctx: ctx.bonus < 5,
     )
 

@@ -25,7 +25,7 @@ PATH = Path(__file__).parent.parent / "golden" / "sampling.safetensors"
 GOLDEN = load_file(PATH)
 with safe_open(PATH, "np") as file:
     OF_TRANSFORMERS = json.loads(file.metadata()["values"])
-OF_TRANSFORMERS.pop("guidance")
+GUIDANCE = OF_TRANSFORMERS.pop("guidance")
 LOGITS, TEXTS = GOLDEN["logits"], GOLDEN["texts"]
 ROWS, V = LOGITS.shape
 
@@ -42,6 +42,10 @@ OTHERS: dict[str, dict[str, list[Any]]] = {
     "additive_penalties": {
         "frequency_penalty": [0.0, 0.5, 2.0, -1.0, 0.1, 0.3],
         "presence_penalty": [1.0, 0.0, -2.0, 1.5, 2.0, 0.7],
+    },
+    "logit_bias": {
+        "logit_bias_ids": [[], [3], [0, 47], [5, 6, 7], list(range(24)), [1]],
+        "logit_bias_values": [[], [2.0], [-3.0, 1.5], [0.5, -100.0, 4.0], [0.7] * 24, [-0.1]],
     },
     "dry": {
         "dry_multiplier": [0.8, 0.3, 1.0, 0.5, 2.0, 0.8],
@@ -211,39 +215,61 @@ def test_xtc_draws_from_both_distributions():
     assert_drawn_from(got.tokens, np.stack(want))
 
 
+CONTRAST = {
+    "contrastive_beta": [0.0, 0.5, 0.5, 1.0, 2.0, 0.1],
+    "contrastive_alpha": [0.1, 0.1, 0.0, 0.5, 0.2, 1.0],
+}
+
+
 def test_guidance_matches_transformers():
-    scales = json.loads(safe_open(PATH, "np").metadata()["values"])["guidance"]["guidance_scale"]
-    requests = [{"guidance_scale": scale} for scale in scales]
-    left, tokens = combined(s.classifier_free_guidance(), requests)
+    left, tokens = draw_pairs(s.classifier_free_guidance(), GUIDANCE)
     want = softmax(GOLDEN["scores.guidance"])
     np.testing.assert_allclose(softmax(left), want, rtol=1e-4, atol=1e-7)
-    np.testing.assert_array_equal(tokens[:ROWS], tokens[ROWS:], "a companion follows its leader")
+    assert_drawn_from(tokens, want)
 
 
 def test_contrastive_is_as_defined():
-    betas, alphas = [0.0, 0.5, 0.5, 1.0, 2.0, 0.1], [0.1, 0.1, 0.0, 0.5, 0.2, 1.0]
-    requests = [
-        {"contrastive_beta": b, "contrastive_alpha": a} for b, a in zip(betas, alphas, strict=True)
-    ]
-    left, _ = combined(s.contrastive(), requests)
-    for row, e, a, beta, alpha in zip(
-        left, LOGITS, GOLDEN["companion"], betas, alphas, strict=True
-    ):
-        is_plausible = softmax(e) >= alpha * softmax(e).max()
-        want = oracle.keep((1 + beta) * e - beta * a, is_plausible) if beta else e
-        np.testing.assert_allclose(row, want, rtol=1e-5, atol=1e-5)
+    left, tokens = draw_pairs(s.contrastive(), CONTRAST)
+    pairs = zip(LOGITS, GOLDEN["companion"], *CONTRAST.values(), strict=True)
+    want = np.stack([oracle.contrastive(*pair) for pair in pairs])
+    np.testing.assert_allclose(left, want, rtol=1e-5, atol=1e-5)
+    assert_drawn_from(tokens, softmax(want))
 
 
-def combined(combine: s.Combine, requests: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Logits left to the leaders, and the tokens of leaders and companions."""
+def draw_pairs(combine: s.Combine, values: dict[str, list[Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits left to the leaders, [rows, V], and their tokens, [rows, draws]."""
     sampler = s.Sampler(
         s.chain(), combine=combine, capture={"left": lambda logits, drawn, ctx: drawn.logits}
     )
-    leader = jnp.arange(ROWS, dtype=jnp.int32)
-    group = jnp.tile(jnp.stack([leader, leader + ROWS], axis=1), (2, 1))
-    both = np.concatenate([LOGITS, GOLDEN["companion"]])
-    drawn, _ = step(sampler, both, context(sampler, requests * 2, V), group=group)
-    return np.asarray(drawn.leaves["capture/left"])[:ROWS], np.asarray(drawn.token)
+    count = ROWS * NUM_DRAWS
+    requests = [{name: rows[i] for name, rows in values.items()} for i in range(ROWS)]
+    requests = [request for request in requests for _ in range(NUM_DRAWS)] * 2
+    leader = jnp.arange(count, dtype=jnp.int32)
+    group = jnp.tile(jnp.stack([leader, leader + count], axis=1), (2, 1))
+    both = np.repeat(np.concatenate([LOGITS, GOLDEN["companion"]]), NUM_DRAWS, axis=0)
+    drawn, _ = step(sampler, both, context(sampler, requests, V), group=group)
+    tokens = np.asarray(drawn.token)
+    np.testing.assert_array_equal(tokens[:count], tokens[count:], "a companion follows its leader")
+    left = np.asarray(drawn.leaves["capture/left"])[:count].reshape(ROWS, NUM_DRAWS, V)
+    return left[:, 0], tokens[:count].reshape(ROWS, NUM_DRAWS)
+
+
+def test_no_stop_token_is_drawn_before_the_fewest_tokens():
+    fewest = np.array([0, 1, 3, 4, 8, 2], np.int32)
+    stops = np.array([[3, -1], [3, 9], [-1, -1], [0, 47], [47, -1], [5, 6]], np.int32)
+    got = draw_many(
+        s.min_new_tokens(),
+        LOGITS,
+        [{}] * ROWS,
+        NUM_DRAWS,
+        num_generated=2,
+        min_new_tokens=jnp.asarray(fewest),
+        stop_token_ids=jnp.asarray(stops),
+    )
+    is_stop = (np.arange(V) == stops[:, :, None]).any(axis=1)
+    want = np.where(is_stop & (fewest > 2)[:, None], -np.inf, LOGITS)
+    np.testing.assert_array_equal(got.left, want)
+    assert_drawn_from(got.tokens, softmax(want))
 
 
 def test_watermark_test_is_that_of_transformers():

@@ -93,7 +93,7 @@ def test_prompts_come_first_when_nobody_streams():
 def test_prompts_that_never_cease_starve_nobody():
     driver = Driver(make_buckets(), num_pages=200)
     driver.add(make_request(0, 4, 200))
-    for seq_id in range(1, 200):
+    for seq_id in range(1, 400):
         if 0 in driver.endings:
             break
         driver.add(make_request(seq_id, 60, 1))

@@ -1,0 +1,102 @@
+"""The plot of README: decode throughput and latency over the batch size."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxengine.bench.report import Peers, Row, floor, sweep
+
+INK, MUTED, GRID = "#1f2328", "#6e7781", "#d8dee4"
+OURS, PEERS = "#0969da", {"SGLang": "#bc4c00", "vLLM": "#8250df"}
+
+
+def draw(by_key: Mapping[str, Row], peers: Peers, file: Path) -> None:
+    """Draws the sweep beside the floor and the peers' figures.
+
+    Args:
+      by_key: Newest rows of the peers' GPU.
+      peers: Their figures at batch 1 (W1) and 256 (W6, prefill included).
+      file: Where to; its suffix says the format.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # Text stays text, and the same rows give the same file.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "jaxengine"})
+    from matplotlib import pyplot as plt
+
+    rows = sweep(by_key)
+    sizes, steps = list(rows), [row["value"] for row in rows.values()]
+    floors = [floor(row) for row in rows.values()]
+    figure, (rate, latency) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    _curve(rate, sizes, [1e3 * b / ms for b, ms in zip(sizes, steps, strict=True)], OURS)
+    _curve(latency, sizes, steps, OURS)
+    if all(floors):
+        _floor(rate, sizes, [1e3 * b / ms for b, ms in zip(sizes, floors, strict=True) if ms])
+        _floor(latency, sizes, floors)
+    for name, values in peers.values.items():
+        colour = PEERS.get(name.split()[0], MUTED)
+        points = {1: values.get("w1")}
+        if values.get("w6_greedy"):
+            points[256] = 256e3 / values["w6_greedy"]
+        known = {size: ms for size, ms in points.items() if ms}
+        style = {"s": 46, "color": colour, "label": name, "zorder": 4, "marker": "D"}
+        rate.scatter(list(known), [1e3 * b / ms for b, ms in known.items()], **style)
+        latency.scatter(list(known), list(known.values()), **style)
+    _dress(rate, "decode throughput, tokens per second", is_log=True)
+    _dress(latency, "time per step, ms", is_log=False)
+    environment = next(iter(rows.values()))["environment"]
+    figure.suptitle(
+        f"Qwen2.5-0.5B shape, bfloat16, greedy, one {environment['gpu']}, "
+        f"jax {environment['versions']['jax']}, commit {environment['commit'][:7]}",
+        fontsize=10,
+        color=INK,
+    )
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None, dpi=150)
+    plt.close(figure)
+
+
+def _curve(axes: Any, sizes: list[int], values: list[float], colour: str) -> None:
+    axes.plot(sizes, values, color=colour, marker="o", lw=2, ms=5, label="jaxengine", zorder=3)
+    for i in (0, len(sizes) - 1):
+        text = f"{values[i]:,.2f}" if values[i] < 100 else f"{values[i]:,.0f}"
+        axes.annotate(
+            text,
+            (sizes[i], values[i]),
+            textcoords="offset points",
+            xytext=(0, 9) if i == 0 else (-6, 8),
+            ha="center" if i == 0 else "right",
+            color=colour,
+            fontsize=9,
+        )
+
+
+def _floor(axes: Any, sizes: list[int], values: list[float | None]) -> None:
+    style = {"color": MUTED, "lw": 1.4, "ls": (0, (4, 3)), "label": "floor", "zorder": 2}
+    axes.plot(sizes, values, **style)
+
+
+def _dress(axes: Any, title: str, *, is_log: bool) -> None:
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    axes.set_xscale("log", base=2)
+    if is_log:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda y, _: f"{y:,.3g}" if y < 100 else f"{y:,.0f}")
+    )
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xticks([1, 4, 16, 64, 256, 512])
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set_xlabel("batch size", fontsize=9, color=INK)
+    axes.tick_params(colors=MUTED, labelsize=9)
+    axes.grid(True, which="major", color=GRID, lw=0.7, zorder=0)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(GRID)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", labelcolor=INK)

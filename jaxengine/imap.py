@@ -1,0 +1,212 @@
+"""A stream of prompts through an engine, a bounded number in flight. Knows calls, not engines."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxengine.call import Call
+from jaxengine.channel import Channel
+from jaxengine.errors import EngineDeadError, RequestError
+
+REORDER_FACTOR = 8
+"""Results that wait for an earlier one are at most this many times those in flight."""
+
+type Start = Callable[[Any, int], Call]
+"""Starts an item's call; the number is its place."""
+
+
+def merged_arguments(
+    common: Mapping[str, Any], item: Any, place: int, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All arguments of an item's call: its own, before those of all items, before the defaults.
+
+    Sampling parameters are merged one by one; names that are not among the defaults are `others`.
+    """
+    own = arguments_of(item)
+    arguments = {"seed_key": place, **common, **own}
+    of_all, its_own = common.get("sampling_params"), own.get("sampling_params")
+    if isinstance(of_all, Mapping) and isinstance(its_own, Mapping):
+        arguments["sampling_params"] = {**of_all, **its_own}
+    others = {k: arguments.pop(k) for k in [*arguments] if k not in {*defaults, "seed_key"}}
+    return {**defaults, **arguments, "stream": False, "others": others}
+
+
+def arguments_of(item: Any) -> dict[str, Any]:
+    """The arguments of `generate` that an item stands for: a text, token ids, or a dict of them.
+
+    Raises:
+      RequestError: For anything else; the item itself where it is one, so that a source can report
+        what it could not read, in its place.
+    """
+    if isinstance(item, RequestError):
+        raise item
+    if isinstance(item, str):
+        return {"prompt": item}
+    if isinstance(item, Mapping):
+        return dict(item)
+    if isinstance(item, list | tuple | np.ndarray):
+        return {"input_ids": item}
+    raise RequestError(
+        f"An item must be a text, a list of token ids, or a dict of arguments of `generate`, got "
+        f"{type(item).__name__}."
+    )
+
+
+def imap(
+    start: Start, items: Any, *, max_in_flight: int, is_ordered: bool, returns_errors: bool
+) -> Iterator[Any]:
+    """Results of items as they end or in their order; closing it aborts what still runs.
+
+    Args:
+      start: Starts an item's call.
+      items: Any iterable; an item is taken when there is room for it.
+      max_in_flight: Most calls that run or wait at once.
+      is_ordered: Give bare results in the order of the items, else `(place, result)` as they end.
+      returns_errors: An item that fails gives its exception as its result.
+    """
+    flight = _Flight(start, is_ordered, returns_errors)
+    source = iter(items)
+    is_over = False
+    try:
+        while True:
+            while not is_over and flight.has_room(max_in_flight):
+                try:
+                    flight.add(next(source))
+                except StopIteration:
+                    is_over = True
+            if flight.has_due:
+                yield flight.pop()
+            elif flight.num_running:
+                flight.take(flight.ended.get())
+            else:
+                return
+    finally:
+        flight.close()
+
+
+async def aimap(
+    start: Start, items: Any, *, max_in_flight: int, is_ordered: bool, returns_errors: bool
+) -> AsyncIterator[Any]:
+    """`imap` for coroutines; `items` may be an async iterable, too.
+
+    Items are taken by a task of their own, so a slow source holds no result back.
+    """
+    flight = _Flight(start, is_ordered, returns_errors)
+    room = asyncio.Event()
+
+    async def feed() -> None:
+        try:
+            async with contextlib.aclosing(_each(items)) as source:
+                async for item in source:
+                    while not flight.has_room(max_in_flight):
+                        room.clear()
+                        await room.wait()
+                    flight.add(item)
+            flight.ended.put(None)
+        except Exception as error:
+            flight.ended.put(error)
+
+    feeder = asyncio.create_task(feed())
+    is_over = False
+    try:
+        while not is_over or flight.num_running or flight.has_due:
+            if flight.has_due:
+                result = flight.pop()
+                room.set()
+                yield result
+            else:
+                place = await flight.ended.aget()
+                if isinstance(place, Exception):
+                    raise place
+                is_over = is_over or place is None
+                if place is not None:
+                    flight.take(place)
+                room.set()
+    finally:
+        feeder.cancel()
+        flight.close()
+
+
+async def _each(items: Any) -> AsyncGenerator[Any]:
+    if hasattr(items, "__aiter__"):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item
+
+
+class _Flight:
+    """Calls under way and results not yet given out.
+
+    `ended` brings the place of a call whenever a sample of it ended.
+    """
+
+    def __init__(self, start: Start, is_ordered: bool, returns_errors: bool) -> None:
+        self.ended = Channel()
+        self._start = start
+        self._is_ordered = is_ordered
+        self._returns_errors = returns_errors
+        self._running: dict[int, Call] = {}
+        self._results: dict[int, Any] = {}
+        self._num_added = 0
+        self._num_given = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_due(self) -> bool:
+        """Whether `pop` has something to give."""
+        return self._num_given in self._results if self._is_ordered else bool(self._results)
+
+    def has_room(self, max_in_flight: int) -> bool:
+        """Whether another item may be taken."""
+        is_held_up = len(self._results) >= REORDER_FACTOR * max_in_flight
+        return len(self._running) < max_in_flight and not is_held_up
+
+    def add(self, item: Any) -> None:
+        """Starts the next item."""
+        place, self._num_added = self._num_added, self._num_added + 1
+        try:
+            call = self._running[place] = self._start(item, place)
+        except (RequestError, TypeError) as error:
+            self._fail(place, error)
+            return
+        call.watch(lambda: self.ended.put(place))
+
+    def take(self, place: int) -> None:
+        """Notes that a sample ended; when all of the call's have, its result is there."""
+        call = self._running.get(place)
+        if call is None or not call.is_complete:
+            return
+        del self._running[place]
+        try:
+            self._results[place] = call.collect()
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            self._fail(place, error)
+
+    def pop(self) -> Any:
+        """Gives what is due."""
+        place = self._num_given if self._is_ordered else next(iter(self._results))
+        self._num_given += 1
+        result = self._results.pop(place)
+        return result if self._is_ordered else (place, result)
+
+    def close(self) -> None:
+        """Aborts what still runs."""
+        for call in self._running.values():
+            call.close()
+        self._running.clear()
+
+    def _fail(self, place: int, error: Exception) -> None:
+        if not self._returns_errors:
+            error.add_note(f"It was item {place} of the iterator.")
+            raise error
+        self._results[place] = error

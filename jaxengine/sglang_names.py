@@ -1,0 +1,95 @@
+"""SGLang's names of what an Engine can do, and their return values. Nothing is done here.
+
+Failures are returned as SGLang returns them, where it does; our own methods raise.
+"""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from jaxengine.errors import JaxEngineError, RequestError
+
+
+class SGLangNames:
+    """Aliases; `Engine` has what they call."""
+
+    def update_weights_from_tensor(
+        self: Any, named_tensors: Any, load_format: str | None = None, flush_cache: bool = True
+    ) -> tuple[bool, str]:
+        """`update_weights` of some tensors by their checkpoint names; the others stay.
+
+        The cache is always flushed: it would hold keys and values of other weights.
+        """
+        if load_format not in (None, "direct"):
+            return False, f"`load_format` {load_format!r} is not supported; pass names and arrays."
+        return _told(lambda: self.update_weights(named_tensors, partial=True))
+
+    def update_weights_from_disk(
+        self: Any, model_path: str, load_format: str | None = None
+    ) -> tuple[bool, str, int]:
+        """`update_weights` from a folder or hub id; `model_path` and `served_model_name` follow."""
+        return *_told(lambda: self.update_weights(model_path)), 0
+
+    def update_weights_from_distributed(self: Any, *_: Any, **__: Any) -> Any:
+        """Refused: there is one process, so the trainer's arrays are at hand."""
+        raise RequestError(
+            "Weights are not sent between processes here. Train in this process and pass the "
+            "arrays to `update_weights`, or write a checkpoint and pass its folder."
+        )
+
+    init_weights_update_group = update_weights_from_distributed
+    destroy_weights_update_group = update_weights_from_distributed
+    update_weights_from_ipc = update_weights_from_distributed
+
+    def get_weights_by_name(self: Any, name: str, truncate_size: int = 100) -> list[Any] | None:
+        """The first rows of a tensor by its checkpoint name, as lists; None for an unknown name."""
+        array = self.weights_by_name(name)
+        return None if array is None else np.asarray(array[:truncate_size], np.float32).tolist()
+
+    def release_memory_occupation(self: Any, tags: Collection[str] | None = None) -> None:
+        """`release_memory`, keeping a copy of the weights on the host."""
+        self.release_memory(tags)
+
+    def resume_memory_occupation(self: Any, tags: Collection[str] | None = None) -> None:
+        """`resume_memory`."""
+        self.resume_memory(tags)
+
+    def get_model_info(self: Any) -> dict[str, Any]:
+        """Which model this is, in SGLang's words, and its shape."""
+        return {
+            "model_path": self.config.model_path,
+            "served_model_name": self.config.served_model_name or self.config.model_path,
+            "is_generation": True,
+            "weight_version": self._residency.version,
+            "load_format": self.config.load_format,
+            **dataclasses.asdict(self.model_config),
+        }
+
+    def get_server_info(self: Any) -> dict[str, Any]:
+        """The resolved settings, the limits that follow from them, and `stats` as SGLang has it."""
+        stats, config = self.stats(), self.config
+        assert config.context_length and config.max_total_tokens, "the config is resolved"
+        return {
+            **dataclasses.asdict(config),
+            "status": "ready",
+            "weight_version": self._residency.version,
+            "max_total_num_tokens": config.max_total_tokens,
+            "max_req_input_len": min(config.context_length, config.max_total_tokens) - 1,
+            "startup_time": self._startup_seconds,
+            "internal_states": [{**stats, "last_gen_throughput": stats["generated_tokens_per_s"]}],
+        }
+
+    def get_all_child_pids(self) -> list[int]:
+        """None: the engine is this process."""
+        return []
+
+
+def _told(action: Any) -> tuple[bool, str]:
+    """Whether it worked, and what is to be said."""
+    try:
+        action()
+    except JaxEngineError as error:
+        return False, f"Failed to update weights: {error}"
+    return True, "Succeeded to update model weights."
