@@ -390,9 +390,9 @@ def _context_length(config: EngineConfig, model: ModelConfig) -> int:
     most = model.max_position_embeddings
     if config.context_length is not None and config.context_length > most:
         raise ConfigError(
-            f"`context_length` {config.context_length:,} exceeds the model's {most:,}, which is its "
-            "config's with rope scaling, or its attention window. Lower it, or change the config by "
-            "`json_model_override_args`."
+            f"`context_length` {config.context_length:,} exceeds the model's {most:,}, which is "
+            "its config's with rope scaling, or its attention window. Lower it, or change the "
+            "config by `json_model_override_args`."
         )
     return config.context_length or most
 

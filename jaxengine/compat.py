@@ -392,7 +392,8 @@ SAMPLING_PARAMETERS = _table(
 METHODS = _table(
     honoured(
         """
-        async_encode async_generate async_score encode generate get_all_child_pids get_model_info
+        abort_request async_encode async_generate async_score continue_generation encode
+        flush_cache generate get_all_child_pids get_model_info pause_generation
         get_server_info get_weights_by_name release_memory_occupation resume_memory_occupation score
         shutdown start_profile stop_profile update_weights_from_disk update_weights_from_tensor
         """

@@ -24,7 +24,7 @@ from jaxengine.runtime.state import (
     edit_table,
     read_rows,
 )
-from jaxengine.sampling.logprobs import largest, token_logprob
+from jaxengine.sampling.logprobs import Wants, listed_logprobs, token_logprob
 from jaxengine.scheduler.buckets import Buckets
 from jaxengine.types import MAX_LOGPROB_IDS, NULL_PAGE
 
@@ -179,14 +179,11 @@ class Forward:
         def some(part: tuple[Array, Array, Array]) -> dict[str, Array]:
             hidden, target, row = part
             logits = model.logits(hidden, self.ctx)
-            norm = jax.nn.logsumexp(logits, axis=-1)[:, None]
-            top, top_ids = largest(logits, self.num_top)
-            given = jnp.take_along_axis(logits, jnp.maximum(ids[row], 0), axis=-1)
+            all_rows = jnp.ones(target.shape, bool)
+            wants = Wants(all_rows, all_rows, ids[row], self.num_top)
             return {
                 "logprob": token_logprob(logits, target),
-                "top_ids": top_ids,
-                "top_logprobs": top - norm,
-                "id_logprobs": given - norm,
+                **listed_logprobs(logits, wants),
             }
 
         size = min(SCORED_TOKENS, num_tokens)
