@@ -137,7 +137,7 @@ def test_who_runs_may_go_on_with_the_new_ones(live: Any):
 def test_bad_arguments_are_refused(live: Any):
     with pytest.raises(RequestError, match='`running` must be "finish" or "keep"'):
         live.update_weights(OLD, running="wait")
-    with pytest.raises(RequestError, match="Weights are not sent between processes"):
+    with pytest.raises(AttributeError, match="weights are not sent between processes"):
         live.update_weights_from_distributed(["x"], ["float32"], [(1,)])
     with pytest.raises(RequestError, match="`tags` must be among weights, kv_cache"):
         live.release_memory(["pages"])
