@@ -247,6 +247,7 @@ class EngineCore:
             "window_sizes": dict(counts.window_sizes),
             "num_waiting": scheduler.num_waiting,
             "num_running": scheduler.num_running,
+            "num_pages": scheduler.num_pages,
             "num_free_pages": scheduler.num_free_pages,
             "num_cached_pages": scheduler.num_cached_pages,
             "num_host_reads": self.num_reads,

@@ -193,6 +193,28 @@ def test_sampling_parameters_beside_sglangs_are_ours():
     assert ours == {"custom", "seed", "seed_mode"}
 
 
+def test_honoured_methods_are_there():
+    assert [name for name in with_fate(METHODS, "honoured") if name not in dir(Engine)] == []
+
+
+def test_mapped_methods_are_ours():
+    engine = object.__new__(Engine)
+    vars(engine).update({METHODS[name].target: name for name in with_fate(METHODS, "mapped")})
+    for name in with_fate(METHODS, "mapped"):
+        assert name not in dir(Engine)
+        assert getattr(engine, name) == name
+
+
+def test_refused_methods_say_why():
+    engine = object.__new__(Engine)
+    for name in with_fate(METHODS, "refused"):
+        with pytest.raises(AttributeError, match=f"`Engine.{name}` is not supported: ") as caught:
+            getattr(engine, name)
+        assert METHODS[name].why in str(caught.value)
+    with pytest.raises(AttributeError, match="no attribute `genrate`; did you mean `generate`"):
+        engine.genrate()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @pytest.mark.parametrize(
     ("name", "near"), [("tp_sise", "tp_size"), ("max_runing_requests", "max_running_requests")]
 )
