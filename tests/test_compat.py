@@ -223,15 +223,3 @@ def test_unknown_arguments_name_the_nearest(name: str, near: str):
         EngineConfig.from_kwargs({name: 1})
     with pytest.raises(TypeError, match="`image_dta`; did you mean `image_data`"):
         call(image_dta=1)
-
-
-def test_methods_are_there_or_say_why_not():
-    engine = Engine.__new__(Engine)
-    for name in with_fate(METHODS, "honoured"):
-        assert callable(getattr(Engine, name, None)) or name == "tokenizer", name
-    for name in with_fate(METHODS, "refused"):
-        with pytest.raises(AttributeError, match=f"`{name}` is not supported: ") as caught:
-            getattr(engine, name)
-        assert METHODS[name].why in str(caught.value)
-    with pytest.raises(AttributeError, match="'Engine' object has no attribute 'generat'"):
-        _ = engine.generat
