@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import inspect
 import os
 import sys
 import time
@@ -821,8 +822,9 @@ class Engine(SGLangNames):
 
 
 _START_DEFAULTS = {
-    **dict.fromkeys(("prompt", "sampling_params", "input_ids")),
-    **{k: v for k, v in (Engine.generate.__kwdefaults__ or {}).items() if k != "progress"},
+    name: parameter.default
+    for name, parameter in inspect.signature(Engine.generate).parameters.items()
+    if parameter.default is not parameter.empty and name != "progress"
 }
 """What `generate` takes where an item of `imap` does not say."""
 
