@@ -38,7 +38,7 @@ from jaxengine.pooling import (
 from jaxengine.profiling import Profile
 from jaxengine.progress import Progress
 from jaxengine.requests import group_size, parse_call
-from jaxengine.residency import Residency, Running
+from jaxengine.residency import Residency
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.sampling import as_sampler, default_sampler
 from jaxengine.sampling.processor import with_processor
@@ -444,7 +444,7 @@ class Engine(SGLangNames):
         weights: Any,
         *,
         version: str | None = None,
-        running: Running = "finish",
+        running: str = "finish",
         partial: bool = False,
     ) -> None:
         """Puts other weights in the place of these: all of them or, on any error, none.
