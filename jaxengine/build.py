@@ -377,9 +377,9 @@ def _context_length(config: EngineConfig, model: ModelConfig) -> int:
     most = model.max_position_embeddings
     if config.context_length is not None and config.context_length > most:
         raise ConfigError(
-            f"`context_length` {config.context_length:,} exceeds the model's {most:,}, which is its "
-            "config's with rope scaling, or its attention window. Lower it, or change the config by "
-            "`json_model_override_args`."
+            f"`context_length` {config.context_length:,} exceeds the model's {most:,}: that of its "
+            "config, stretched by rope scaling, and no longer than its attention window. Lower it, "
+            "or change the config by `json_model_override_args`."
         )
     return config.context_length or most
 

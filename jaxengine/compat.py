@@ -92,11 +92,11 @@ STATS = "`stats()` has the counts"
 ENGINE_ARGUMENTS = _table(
     honoured(
         """
-        allow_auto_truncate chat_template chunked_prefill_size context_length download_dir dtype
-        hf_chat_template_name json_model_override_args load_format log_level max_running_requests
-        max_total_tokens mem_fraction_static model_path page_size preferred_sampling_params
-        random_seed revision sampling_defaults served_model_name skip_tokenizer_init
-        stream_interval tokenizer_path trust_remote_code weight_version
+        allow_auto_truncate chat_template chunked_prefill_size context_length disable_radix_cache
+        download_dir dtype hf_chat_template_name json_model_override_args load_format log_level
+        max_running_requests max_total_tokens mem_fraction_static model_path page_size
+        preferred_sampling_params random_seed revision sampling_defaults served_model_name
+        skip_tokenizer_init stream_interval tokenizer_path trust_remote_code weight_version
         """
     ),
     ignored(
@@ -318,7 +318,6 @@ ENGINE_ARGUMENTS = _table(
         "schedule_conservativeness",
     ),
     refused("calls may always queue", "max_queued_requests"),
-    ignored("equal prefixes are always shared; results are the same", "disable_radix_cache"),
     ignored(
         "a checkpoint is a folder of safetensors or a GGUF file, mapped into memory and kept",
         """
