@@ -86,17 +86,19 @@ NO_LORA = "LoRA adapters are not there yet; merge the adapter into the weights"
 NO_GRAMMAR = "structured output is not there yet"
 NO_PD = "prefill and decode run in one engine"
 NO_SESSIONS = "there are no sessions: the prefix cache finds earlier turns by their tokens"
-FCFS = "requests are served first come, first served"
 STATS = "`stats()` has the counts"
 
 ENGINE_ARGUMENTS = _table(
     honoured(
         """
-        allow_auto_truncate chat_template chunked_prefill_size context_length disable_radix_cache
-        download_dir dtype hf_chat_template_name json_model_override_args load_format log_level
-        max_running_requests max_total_tokens mem_fraction_static model_path page_size
-        preferred_sampling_params random_seed revision sampling_defaults served_model_name
-        skip_tokenizer_init stream_interval tokenizer_path trust_remote_code weight_version
+        abort_on_priority_when_disabled allow_auto_truncate chat_template chunked_prefill_size
+        context_length default_priority_value disable_priority_preemption disable_radix_cache
+        download_dir dtype enable_priority_scheduling hf_chat_template_name
+        json_model_override_args load_format log_level max_queued_requests max_running_requests
+        max_total_tokens mem_fraction_static model_path page_size preferred_sampling_params
+        priority_scheduling_preemption_threshold random_seed revision sampling_defaults
+        schedule_low_priority_values_first schedule_policy served_model_name skip_tokenizer_init
+        stream_interval tokenizer_path trust_remote_code weight_version
         """
     ),
     ignored(
@@ -304,20 +306,10 @@ ENGINE_ARGUMENTS = _table(
         "`text` and `output_ids` are all there is so far, `delta_text` and `delta_ids` what is new",
         "incremental_streaming_output stream_output",
     ),
-    refused(FCFS, "schedule_policy", off="fcfs"),
-    refused(FCFS, "default_priority_value enable_priority_scheduling"),
-    ignored(
-        FCFS,
-        """
-        abort_on_priority_when_disabled disable_priority_preemption
-        priority_scheduling_preemption_threshold schedule_low_priority_values_first
-        """,
-    ),
     ignored(
         "pages are given as they are needed, and who runs may be preempted and recomputed",
         "schedule_conservativeness",
     ),
-    refused("calls may always queue", "max_queued_requests"),
     ignored(
         "a checkpoint is a folder of safetensors or a GGUF file, mapped into memory and kept",
         """
@@ -355,9 +347,9 @@ ENGINE_ARGUMENTS = _table(
 GENERATE_ARGUMENTS = _table(
     honoured(
         """
-        custom_logit_processor input_embeds input_ids logprob_start_len prompt return_hidden_states
-        return_logprob return_prompt_token_ids return_text_in_logprobs rid sampling_params stream
-        token_ids_logprob top_logprobs_num
+        cache_salt custom_logit_processor extra_key input_embeds input_ids logprob_start_len
+        priority prompt return_hidden_states return_logprob return_prompt_token_ids
+        return_text_in_logprobs rid sampling_params stream token_ids_logprob top_logprobs_num
         """
     ),
     ignored("no trace is kept, and nothing is routed", "external_trace_header kv_router_hint"),
@@ -373,8 +365,6 @@ GENERATE_ARGUMENTS = _table(
     refused(NO_PD, "bootstrap_host bootstrap_port bootstrap_room disagg_prefill_dp_rank"),
     refused(ONE_DEVICE, "data_parallel_rank routed_dp_rank"),
     refused(NO_SESSIONS, "session_id session_params"),
-    refused(FCFS, "priority"),
-    refused("equal prefixes are shared by everyone", "cache_salt extra_key"),
     refused(
         "a sampler can do it: see `jaxengine.sampling`", "max_thinking_tokens require_reasoning"
     ),
@@ -402,7 +392,8 @@ SAMPLING_PARAMETERS = _table(
 METHODS = _table(
     honoured(
         """
-        async_encode async_generate async_score encode generate get_all_child_pids get_model_info
+        abort_request async_encode async_generate async_score continue_generation encode
+        flush_cache generate get_all_child_pids get_model_info pause_generation
         get_server_info get_weights_by_name release_memory_occupation resume_memory_occupation score
         shutdown start_profile stop_profile update_weights_from_disk update_weights_from_tensor
         """

@@ -69,6 +69,8 @@ def score_prompts(query: Any, items: Any, label_token_ids: Any, item_first: bool
     """
     if label_token_ids is None or len(label_token_ids) == 0:
         raise RequestError("`label_token_ids` must be given: ids of the labels to score.")
+    if items is not None and len(items) == 0:
+        return {"prompt": []}
     if isinstance(query, str):
         texts = [items] if isinstance(items, str) else items
         if isinstance(texts, list | tuple) and all(isinstance(item, str) for item in texts):

@@ -5,12 +5,22 @@ Failures are returned as SGLang returns them, where it does; our own methods rai
 
 import dataclasses
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from jaxengine.compat import METHODS, nearest
 from jaxengine.errors import JaxEngineError
+
+
+class CacheFlush(NamedTuple):
+    """What `Engine.flush_cache` gives.
+
+    Attributes:
+      success: Always True: here the cache can be flushed at any time.
+    """
+
+    success: bool
 
 
 class SGLangNames:
@@ -43,6 +53,21 @@ class SGLangNames:
     ) -> tuple[bool, str, int]:
         """`update_weights` from a folder or hub id; `model_path` and `served_model_name` follow."""
         return *_told(lambda: self.update_weights(model_path)), 0
+
+    def abort_request(self: Any, rid: str = "", abort_all: bool = False) -> None:
+        """`abort` or `abort_all`; the id must be exact, where SGLang's is a prefix."""
+        if abort_all:
+            self.abort_all()
+        else:
+            self.abort(rid)
+
+    def pause_generation(self: Any, mode: str = "abort") -> None:
+        """`pause`, which aborts everyone unless told otherwise, as SGLang does."""
+        self.pause(mode)
+
+    def continue_generation(self: Any) -> None:
+        """`resume`."""
+        self.resume()
 
     def get_weights_by_name(self: Any, name: str, truncate_size: int = 100) -> list[Any] | None:
         """The first rows of a tensor by its checkpoint name, as lists; None for an unknown name."""

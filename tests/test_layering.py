@@ -43,7 +43,8 @@ ALLOWED = {
     "build": BASE
     | {"core", "gguf_file", "locate", "models", "nn", "runtime", "sampling", "scheduler"},
     "defaults": BASE | {"locate"},
-    "requests": BASE,
+    "arguments": BASE,
+    "requests": BASE | {"arguments"},
     "call": BASE | {"channel"},
     "channel": BASE,
     "display": set(),
@@ -98,6 +99,7 @@ ALLOWED = {
     "__init__": BASE | {"display", "engine", "sampling", "utils"},
 }
 HOST_ONLY = BASE | {
+    "arguments",
     "call",
     "gguf_file",
     "channel",
