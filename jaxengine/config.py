@@ -281,8 +281,8 @@ class EngineConfig:
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> "EngineConfig":
         """Builds the config from `Engine(...)` keywords.
 
-        Names of SGLang go through the table of `jaxengine.engine_arguments`: those that mean nothing
-        here are ignored with one warning each.
+        Names of SGLang go through the table of `jaxengine.engine_arguments`: those that mean
+        nothing here are ignored with one warning each.
 
         Raises:
           TypeError: For a name nobody knows, with the nearest one.
