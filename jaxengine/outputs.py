@@ -81,7 +81,7 @@ class SequenceOutput:
             return True
         if self._hidden is not None:
             for leaves in (update.prompt_leaves, update.leaves):
-                self._hidden.push(leaves.get(HIDDEN, ()))
+                self._hidden.push(leaves.get(HIDDEN))
         finish = self._ending or self._take(update)
         if finish is not None and not (update.finish or self._ending) and self._lacks_state():
             self._ending = finish  # the next step feeds the last token and brings its state
