@@ -84,7 +84,8 @@ class Engine(SGLangNames):
           params: The model's arrays, as `jaxengine.models` names them, instead of a checkpoint.
           model_config: Shape of `params`; needed with them.
           tokenizer: A Hugging Face tokenizer instead of the checkpoint's.
-          **settings: Fields of `EngineConfig`, and other names of SGLang: see `jaxengine.compat`.
+          **settings: Fields of `EngineConfig`, and other names of SGLang: see
+            `jaxengine.engine_arguments`.
 
         Raises:
           TypeError: For a setting nobody knows.
