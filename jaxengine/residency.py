@@ -5,7 +5,7 @@ Changes happen between two steps, in the engine thread; what is new is made and 
 
 import threading
 from collections.abc import Callable, Collection
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -14,8 +14,6 @@ from jaxengine.errors import RequestError, WeightsError
 from jaxengine.models.family import Params
 from jaxengine.runtime.runner import Runner
 from jaxengine.worker import Worker
-
-type Running = Literal["finish", "keep"]
 
 TAGS = ("weights", "kv_cache")
 """What `release_memory` can give back."""
@@ -44,18 +42,16 @@ class Residency:
         """Name of the weights that are there."""
         return self.versions[-1]
 
-    def update(
-        self, make: Callable[[Params | None], Params], version: str, running: Running
-    ) -> None:
+    def update(self, make: Callable[[Params | None], Params], version: str, running: str) -> None:
         """Puts other weights in the place of these.
 
         Args:
           make: Checks and places the new ones, given these (None while they are released); called
             here, and what it raises changes nothing.
           version: Name of the new ones.
-          running: "finish": requests under way end with the old ones, later ones wait. "keep":
-            those under way go on with the new ones from the next step, over the keys and values
-            they have.
+          running: "finish": requests under way end with the old ones, later ones wait; while
+            paused there is nothing to wait for. "keep": those under way go on with the new ones
+            from the next step, over the keys and values they have.
         """
         if running not in ("finish", "keep"):
             raise RequestError(f'`running` must be "finish" or "keep", got {running!r}.')
@@ -84,6 +80,11 @@ class Residency:
         sizes: dict[str, Any] = {}
 
         def release() -> None:
+            if self._core.scheduler.num_running:
+                raise RequestError(
+                    "Requests that are paused in place hold pages; call `pause` with "
+                    'mode="retract" first, or `resume`.'
+                )
             self._core.sleep()
             for tag in tags - self._away:
                 sizes[tag] = self._runner.num_bytes(tag)
@@ -96,7 +97,7 @@ class Residency:
             self._away |= tags
 
         with self._lock:
-            self._worker.call(release, lambda: self._core.is_idle).result()
+            self._worker.call(release, lambda: self._core.is_settled).result()
         after = (device.memory_stats() or {}).get("bytes_in_use")
         return {**sizes, "bytes_in_use_before": before, "bytes_in_use": after}
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-BASE = {"types", "params", "config", "compat", "errors", "log"}
+BASE = {"types", "params", "config", "compat", "engine_arguments", "errors", "log"}
 # Layer -> what it may import of this repository; itself always. "api" is `from jaxengine import X`.
 ALLOWED = {
     "errors": set(),
@@ -18,9 +18,11 @@ ALLOWED = {
     "types": {"errors"},
     "params": {"compat", "errors", "log", "types"},
     "compat": set(),
-    "config": {"compat", "errors", "log", "types"},
+    "engine_arguments": {"compat"},
+    "config": {"compat", "engine_arguments", "errors", "log", "types"},
     "utils": BASE,
-    "gguf_file": BASE,
+    "gguf_header": BASE,
+    "gguf_file": BASE | {"gguf_header"},
     "pallas_kernels": set(),
     "scheduler": BASE,
     "text": BASE | {"gguf_file"},
@@ -42,7 +44,8 @@ ALLOWED = {
     "build": BASE
     | {"core", "gguf_file", "locate", "models", "nn", "runtime", "sampling", "scheduler"},
     "defaults": BASE | {"locate"},
-    "requests": BASE,
+    "arguments": BASE,
+    "requests": BASE | {"arguments"},
     "call": BASE | {"channel"},
     "channel": BASE,
     "display": set(),
@@ -97,6 +100,7 @@ ALLOWED = {
     "__init__": BASE | {"display", "engine", "sampling", "utils"},
 }
 HOST_ONLY = BASE | {
+    "arguments",
     "call",
     "gguf_file",
     "channel",

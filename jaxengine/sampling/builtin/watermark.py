@@ -4,16 +4,18 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxengine.sampling.builtin.common import number_in
 from jaxengine.sampling.context import SamplingContext
-from jaxengine.sampling.noise import Uint32, mixed
 from jaxengine.sampling.transforms import Logits, LogitsTransform, State, when
 from jaxengine.types import Param
 
 _KEY = 15485863  # the millionth prime, as in the authors' code
+
+type _Uint32 = np.ndarray | jax.Array
 
 
 def watermark(gamma: float = 0.25, key: int = _KEY) -> LogitsTransform:
@@ -103,6 +105,16 @@ def _check(gamma: float, key: int) -> None:
         raise ValueError(f"`key` must be in [0, 2**32), got {key!r}.")
 
 
-def _is_green(before: Uint32, token: Uint32, gamma: float, key: int) -> Uint32:
+def _is_green(before: _Uint32, token: _Uint32, gamma: float, key: int) -> _Uint32:
     """The same numbers on the device, where it is written, and on the host, where it is read."""
-    return mixed(mixed(before ^ np.uint32(key)) ^ token) < np.uint32(gamma * 2**32)
+    return _mixed(_mixed(before ^ np.uint32(key)) ^ token) < np.uint32(gamma * 2**32)
+
+
+def _mixed(x: _Uint32) -> _Uint32:
+    """Any 32 bits to 32 bits that look random, one to one.
+
+    Source: C. Wellons, hash-prospector, `lowbias32`.
+    """
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
