@@ -17,13 +17,13 @@ class Wants(NamedTuple):
 
     Attributes:
       token: Of the drawn token.
-      lists: Of the most likely tokens, or of given ids.
+      lists: Of the most likely tokens, or of given ids; None where none does for sure.
       ids: The given ids, -1 padded.
       num_top: Most tokens a row can have listed; static.
     """
 
     token: Bool[Array, " B"]
-    lists: Bool[Array, " B"]
+    lists: Bool[Array, " B"] | None
     ids: Int[Array, "B ids"]
     num_top: int
 

@@ -339,7 +339,9 @@ def _logprobs(
     def of_lists(before: Parts) -> dict[str, Array]:
         return listed_logprobs(_apply(before, logits), wants)
 
-    def wanted(rows: Bool[Array, " B"], index: Array, ways: list[Any], nothing: Any) -> Any:
+    def wanted(rows: Bool[Array, " B"] | None, index: Array, ways: list[Any], nothing: Any) -> Any:
+        if rows is None:
+            return nothing
         index = jnp.where((rows & ctx.active).any(), index, len(ways))
         return jax.lax.switch(index, [*ways, lambda: nothing])
 
