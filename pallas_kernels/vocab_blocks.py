@@ -52,7 +52,9 @@ def in_blocks(x: Float[Array, "B V"]) -> Float[Array, "B blocks width"]:
 
 def block_sums(x: Float[Array, "B V"]) -> BlockSums:
     """Maximum and sum of exponentials of every block, for a stable softmax."""
-    return BlockSums(*_sums(in_blocks(x), 2))
+    top, total = _sums(in_blocks(x), 2)
+    # XLA's maximum on a CPU loses NaN; the sum does not.
+    return BlockSums(jnp.where(jnp.isnan(total), jnp.nan, top), total)
 
 
 def logsumexp(*arrays: Float[Array, "*B V"]) -> tuple[Float[Array, "*B"], ...]:
