@@ -104,6 +104,19 @@ def test_pause_changes_no_token(engine: Any, mode: str):
     assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
 
 
+def test_retracted_requests_outlive_the_memory_they_had(engine: Any):
+    params = {**LONG, "max_new_tokens": 60, "seed": 5, "temperature": 1.0, "frequency_penalty": 0.5}
+    expected = engine.generate(input_ids=PROMPT, sampling_params=params)["output_ids"]
+    stream = engine.generate(input_ids=PROMPT, sampling_params=params, stream=True)
+    ids = next(stream)["delta_ids"]
+    with paused(engine, "retract"):
+        engine.release_memory("kv_cache")
+        engine.resume_memory("kv_cache")
+    for chunk in stream:
+        ids += chunk["delta_ids"]
+    assert ids == expected and chunk["meta_info"]["num_retractions"] == 1
+
+
 def test_pause_has_the_names_of_sglang_and_checks_its_mode(engine: Any):
     engine.pause_generation()
     engine.pause("in_place")
