@@ -36,7 +36,7 @@ HARMLESS = frozenset(
     """
     cache_dir chunked_prefill_size decode_buckets download_dir executable_cache log_level
     max_running_requests max_total_tokens max_window_steps mem_fraction_static page_size
-    prefill_buckets progress served_model_name
+    prefill_buckets progress schedule_policy served_model_name
     """.split()
 )
 """Settings of an engine that may differ from run to run of a job: they change no distribution."""
