@@ -219,9 +219,11 @@ class LinearWithDropout(nnx.Module):
         self.inner, self.rate = inner, rate
         self.keys = nnx.Rngs(key)
 
-    def __call__(self, x: Float[Array, "T I"], ctx: ForwardContext) -> Float[Array, "T O"]:
+    def __call__(
+        self, x: Float[Array, "T I"], ctx: ForwardContext, *, residual: Float[Array, "T O"]
+    ) -> Float[Array, "T O"]:
         x = drop(x, self.keys(), self.rate)
-        return drop(self.inner(x, ctx), self.keys(), self.rate)
+        return residual + drop(self.inner(x, ctx), self.keys(), self.rate)
 
 
 def drop(x: Float[Array, "..."], key: PRNGKeyArray, rate: float) -> Float[Array, "..."]:

@@ -37,6 +37,7 @@ from jaxengine.sampling.identity import are_equal
 from jaxengine.sampling.sampler import Sampler, default_sampler
 from jaxengine.scheduler.buckets import Buckets
 from jaxengine.scheduler.page_pool import PagePool
+from jaxengine.scheduler.policy import Policy
 from jaxengine.scheduler.scheduler import Scheduler
 
 GPU_PREFILL, CPU_PREFILL = (64, 256, 1024, 2048, 4096), (32,)
@@ -121,7 +122,8 @@ def build(
         factory = ProgramFactory(forward, target, mesh, limits.num_pages, dtype)
         own = samplers.own.steps
         # The cache's keys cover this package's source, not that of a sampler from outside.
-        specs = factory.fused(own, is_cached=are_equal(sampler, default_sampler()))
+        is_cached = are_equal(sampler, default_sampler())
+        specs = factory.fused(own, is_cached=is_cached)
         specs |= factory.admit()
         shapes = (
             layout.describe(),
@@ -135,7 +137,7 @@ def build(
     programs = Programs(specs, first=factory.first(), cache=cache, progress=progress)
     if device.platform == "gpu":
         # On a CPU, compiling what may never be needed would take the cores the engine runs on.
-        programs.add(factory.forwards(), IDLE)
+        programs.add(factory.forwards() | factory.split(own, is_cached=is_cached), IDLE)
     try:
         with clock("weights"):
             if params is not None:
@@ -150,10 +152,21 @@ def build(
         limits.buckets,
         PagePool(limits.num_pages),
         lambda key: programs.is_ready(ProgramKey(*key)),
+        policy=_policy(config),
         has_prefix_cache=not config.disable_radix_cache,
     )
-    core = EngineCore(scheduler, runner)
+    page_bytes = config.page_size * model_config.kv_bytes_per_token[limits.dtype]
+    core = EngineCore(scheduler, runner, page_bytes)
     return Built(core, runner, programs, samplers, model_config, config, limits, seconds)
+
+
+def _policy(config: EngineConfig) -> Policy:
+    threshold = config.priority_scheduling_preemption_threshold
+    return Policy(
+        schedule_policy="priority" if config.has_priorities else config.schedule_policy,
+        preemption_threshold=None if config.disable_priority_preemption else threshold,
+        low_values_first=config.schedule_low_priority_values_first,
+    )
 
 
 def _hidden_layers(config: EngineConfig, model: ModelConfig) -> tuple[int, ...]:
@@ -376,7 +389,11 @@ def _dtype(config: EngineConfig, model: ModelConfig, device: Any) -> str:
 def _context_length(config: EngineConfig, model: ModelConfig) -> int:
     most = model.max_position_embeddings
     if config.context_length is not None and config.context_length > most:
-        raise ConfigError(f"`context_length` {config.context_length} exceeds the model's {most}.")
+        raise ConfigError(
+            f"`context_length` {config.context_length:,} exceeds the model's {most:,}, which is "
+            "its config's with rope scaling, or its attention window. Lower it, or change the "
+            "config by `json_model_override_args`."
+        )
     return config.context_length or most
 
 

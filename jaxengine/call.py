@@ -1,6 +1,6 @@
 """One `generate` call under way: what its caller iterates over or waits for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxengine.channel import Channel
@@ -18,8 +18,9 @@ class Call:
     def __init__(
         self,
         channel: Channel,
-        samples: list[SequenceRequest],
+        samples: Mapping[int, SequenceRequest],
         *,
+        num_outputs: int,
         is_single: bool,
         abort: Callable[[list[SequenceRequest]], None],
         release: Callable[[list[SequenceRequest]], None],
@@ -28,27 +29,29 @@ class Call:
 
         Args:
           channel: Brings `(index, output or exception, is_last)`.
-          samples: What was submitted, in the order of the indices.
+          samples: What was submitted, by index.
+          num_outputs: How many there will be; those of no sample are in the channel already.
           is_single: The result is one dict, not a list.
           abort: Ends samples early.
-          release: Is told when nothing of the call runs any more.
+          release: Is told of samples that do not run any more.
         """
         self._abort = abort
         self._release = release
         self._channel = channel
-        self._samples = samples
-        self._running = dict(enumerate(samples))
+        self._running = dict(samples)
+        self._left = set(range(num_outputs))
+        self._num_outputs = num_outputs
         self._is_single = is_single
 
     @property
     def num_samples(self) -> int:
         """How many final outputs it brings."""
-        return len(self._samples)
+        return self._num_outputs
 
     @property
     def is_complete(self) -> bool:
         """Whether `collect` of a call that is not streamed would not wait."""
-        return len(self._channel) >= len(self._samples)
+        return len(self._channel) >= self._num_outputs
 
     def watch(self, on_output: Callable[[], object]) -> None:
         """Has a function called, in any thread, for every output: it must not wait."""
@@ -58,7 +61,7 @@ class Call:
         """Waits for every sample's final output; `on_output` sees each as it comes."""
         items = []
         try:
-            for _ in self._samples:
+            for _ in range(self._num_outputs):
                 items.append(self._take(self._channel.get()))
                 if on_output is not None:
                     on_output(items[-1][1])
@@ -69,16 +72,18 @@ class Call:
     async def acollect(self) -> Output | list[Output]:
         """Awaits every sample's final output."""
         try:
-            return self._arrange([self._take(await self._channel.aget()) for _ in self._samples])
+            items = [self._take(await self._channel.aget()) for _ in range(self._num_outputs)]
+            return self._arrange(items)
         finally:
             self.close()
 
     def close(self) -> None:
         """Aborts what still runs."""
-        left, self._running = list(self._running.values()), {}
-        if left:
-            self._abort(left)
-        self._release(self._samples)
+        self._left = set()
+        running, self._running = list(self._running.values()), {}
+        if running:
+            self._abort(running)
+            self._release(running)
 
     async def aclose(self) -> None:
         """`close`, for `contextlib.aclosing`."""
@@ -88,7 +93,7 @@ class Call:
         return self
 
     def __next__(self) -> Output:
-        if not self._running:
+        if not self._left:
             raise StopIteration
         try:
             return self._label(self._take(self._channel.get()))
@@ -100,7 +105,7 @@ class Call:
         return self
 
     async def __anext__(self) -> Output:
-        if not self._running:
+        if not self._left:
             raise StopAsyncIteration
         try:
             return self._label(self._take(await self._channel.aget()))
@@ -115,9 +120,10 @@ class Call:
     def _take(self, item: tuple[int, Output | Exception, bool]) -> tuple[int, Output]:
         index, output, is_last = item
         if is_last:
-            self._running.pop(index, None)
-            if not self._running:
-                self._release(self._samples)
+            self._left.discard(index)
+            sample = self._running.pop(index, None)
+            if sample is not None:
+                self._release([sample])
         if isinstance(output, Exception):
             raise output
         return index, output

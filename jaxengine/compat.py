@@ -86,16 +86,18 @@ NO_LORA = "LoRA adapters are not there yet; merge the adapter into the weights"
 NO_GRAMMAR = "structured output is not there yet"
 NO_PD = "prefill and decode run in one engine"
 NO_SESSIONS = "there are no sessions: the prefix cache finds earlier turns by their tokens"
-FCFS = "requests are served first come, first served"
 STATS = "`stats()` has the counts"
 
 ENGINE_ARGUMENTS = _table(
     honoured(
         """
-        allow_auto_truncate chat_template chunked_prefill_size context_length download_dir dtype
-        hf_chat_template_name json_model_override_args load_format log_level max_running_requests
+        abort_on_priority_when_disabled allow_auto_truncate chat_template chunked_prefill_size
+        context_length default_priority_value disable_priority_preemption disable_radix_cache
+        download_dir dtype enable_priority_scheduling hf_chat_template_name
+        json_model_override_args load_format log_level max_queued_requests max_running_requests
         max_total_tokens mem_fraction_static model_path page_size preferred_sampling_params
-        random_seed revision sampling_defaults served_model_name skip_tokenizer_init
+        priority_scheduling_preemption_threshold random_seed revision sampling_defaults
+        schedule_low_priority_values_first schedule_policy served_model_name skip_tokenizer_init
         stream_interval tokenizer_path trust_remote_code weight_version
         """
     ),
@@ -164,7 +166,7 @@ ENGINE_ARGUMENTS = _table(
         "it is always on",
         """
         enable_cache_report enable_custom_logit_processor enable_fp32_lm_head enable_nan_detection
-        enable_memory_saver enable_return_hidden_states return_hidden_states_mode
+        enable_return_hidden_states return_hidden_states_mode
         """,
     ),
     ignored(
@@ -284,10 +286,11 @@ ENGINE_ARGUMENTS = _table(
     refused("weights stay on the device", "cpu_offload_gb"),
     ignored(
         "weights stay on the device",
-        """
-        enable_weights_cpu_backup offload_group_size offload_mode offload_num_in_group
-        offload_prefetch_step
-        """,
+        "offload_group_size offload_mode offload_num_in_group offload_prefetch_step",
+    ),
+    ignored(
+        "`release_memory` always works, and keeps the weights on the host where they are wanted",
+        "enable_memory_saver enable_weights_cpu_backup",
     ),
     refused("attention is never sparse", "enable_double_sparsity"),
     ignored(
@@ -303,21 +306,10 @@ ENGINE_ARGUMENTS = _table(
         "`text` and `output_ids` are all there is so far, `delta_text` and `delta_ids` what is new",
         "incremental_streaming_output stream_output",
     ),
-    refused(FCFS, "schedule_policy", off="fcfs"),
-    refused(FCFS, "default_priority_value enable_priority_scheduling"),
-    ignored(
-        FCFS,
-        """
-        abort_on_priority_when_disabled disable_priority_preemption
-        priority_scheduling_preemption_threshold schedule_low_priority_values_first
-        """,
-    ),
     ignored(
         "pages are given as they are needed, and who runs may be preempted and recomputed",
         "schedule_conservativeness",
     ),
-    refused("calls may always queue", "max_queued_requests"),
-    ignored("equal prefixes are always shared; results are the same", "disable_radix_cache"),
     ignored(
         "a checkpoint is a folder of safetensors or a GGUF file, mapped into memory and kept",
         """
@@ -355,9 +347,9 @@ ENGINE_ARGUMENTS = _table(
 GENERATE_ARGUMENTS = _table(
     honoured(
         """
-        custom_logit_processor input_embeds input_ids logprob_start_len prompt return_hidden_states
-        return_logprob return_prompt_token_ids return_text_in_logprobs rid sampling_params stream
-        token_ids_logprob top_logprobs_num
+        cache_salt custom_logit_processor extra_key input_embeds input_ids logprob_start_len
+        priority prompt return_hidden_states return_logprob return_prompt_token_ids
+        return_text_in_logprobs rid sampling_params stream token_ids_logprob top_logprobs_num
         """
     ),
     ignored("no trace is kept, and nothing is routed", "external_trace_header kv_router_hint"),
@@ -373,8 +365,6 @@ GENERATE_ARGUMENTS = _table(
     refused(NO_PD, "bootstrap_host bootstrap_port bootstrap_room disagg_prefill_dp_rank"),
     refused(ONE_DEVICE, "data_parallel_rank routed_dp_rank"),
     refused(NO_SESSIONS, "session_id session_params"),
-    refused(FCFS, "priority"),
-    refused("equal prefixes are shared by everyone", "cache_salt extra_key"),
     refused(
         "a sampler can do it: see `jaxengine.sampling`", "max_thinking_tokens require_reasoning"
     ),
@@ -398,3 +388,53 @@ SAMPLING_PARAMETERS = _table(
     refused("beam search is not there", "beam_width"),
 )
 """Every sampling parameter of SGLang."""
+
+METHODS = _table(
+    honoured(
+        """
+        abort_request async_encode async_generate async_score continue_generation encode
+        flush_cache generate get_all_child_pids get_model_info pause_generation
+        get_server_info get_weights_by_name release_memory_occupation resume_memory_occupation score
+        shutdown start_profile stop_profile update_weights_from_disk update_weights_from_tensor
+        """
+    ),
+    mapped(server_args="config"),
+    refused("a cross-encoder is not among the models here; `score` compares labels", "rerank"),
+    refused(NO_SESSIONS, "close_session open_session"),
+    refused(
+        NO_MOE,
+        """
+        dump_expert_distribution_record start_expert_distribution_record
+        stop_expert_distribution_record
+        """,
+    ),
+    refused(
+        "weights are not sent between processes: train in this one and pass the arrays to "
+        "`update_weights`, or write a checkpoint and pass its folder",
+        """
+        destroy_weights_update_group init_weights_update_group update_weights_from_distributed
+        update_weights_from_ipc
+        """,
+    ),
+    refused(
+        "`update_weights` does it all: it checks, changes all or nothing, and sets the version",
+        "begin_weight_update check_weights end_weight_update update_weight_version",
+    ),
+    refused(
+        NO_LORA,
+        """
+        async_load_lora_adapter async_unload_lora_adapter load_lora_adapter
+        load_lora_adapter_from_tensors unload_lora_adapter
+        """,
+    ),
+    refused("call `gc.freeze()`: there is one process", "freeze_gc"),
+    refused("there are no other processes to call", "collective_rpc"),
+    refused("save `params` with Orbax or safetensors", "save_remote_model save_sharded_model"),
+    refused(STATS, "get_loads"),
+    refused("settings are fixed: make another Engine", "configure_logging set_internal_state"),
+    refused(
+        "the Engine itself has `tokenizer`, `abort` and what else they are used for",
+        "loop port_args template_manager tokenizer_manager",
+    ),
+)
+"""Every method of `sgl.Engine` and its tokenizer manager, and attributes that people reach for."""

@@ -9,12 +9,13 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxengine.compat import ENGINE_ARGUMENTS, nearest
 from jaxengine.errors import ConfigError
 from jaxengine.log import logger
 
+PolicyName = Literal["fcfs", "lpm", "priority"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 
@@ -118,13 +119,24 @@ class EngineConfig:
       context_length: Longest prompt plus output, in tokens; the model's own when None.
       mem_fraction_static: Share of the device memory for weights and KV pages, in (0, 1).
       max_running_requests: Sequences that run at once (decode slots); chosen by device when None.
+      max_queued_requests: Samples that may wait beside `max_running_requests` that run; a call that
+        would exceed it fails with QueueFullError. No limit when None.
       max_total_tokens: Tokens the KV pages hold; from the free memory when None.
       page_size: Tokens in a KV page.
       chunked_prefill_size: Most prompt tokens in one prefill call; chosen by device when None.
+      schedule_policy: Who is next: "fcfs", first come first served; "lpm", longest cached prefix
+        first; "priority", highest `priority` first, which may preempt those that run.
+      enable_priority_scheduling: SGLang's name for `schedule_policy="priority"`.
+      schedule_low_priority_values_first: Low priorities are the better ones.
+      priority_scheduling_preemption_threshold: One that runs is preempted for one whose priority is
+        better by at least so much.
+      disable_priority_preemption: Who runs, runs on.
+      default_priority_value: Priority of requests that have none.
+      abort_on_priority_when_disabled: Refuse a `priority` the policy does not look at.
+      disable_radix_cache: Compute every prompt whole: no prefix cache.
       max_window_steps: Longest decode window, in steps.
       decode_buckets: Batch sizes decode windows are compiled for, ascending; chosen when None.
       prefill_buckets: Packed prefill lengths in tokens, ascending; chosen when None.
-      disable_radix_cache: Texts that begin alike share no pages.
       max_top_logprobs: Most `top_logprobs_num` a request may ask for.
       hidden_layers: Layers whose hidden states `return_hidden_states` gives, counted as in
         transformers: 0 is the embeddings, i what comes out of layer i, `num_layers` that after the
@@ -157,13 +169,21 @@ class EngineConfig:
     context_length: int | None = None
     mem_fraction_static: float = 0.85
     max_running_requests: int | None = None
+    max_queued_requests: int | None = None
     max_total_tokens: int | None = None
     page_size: int = 16
     chunked_prefill_size: int | None = None
+    schedule_policy: PolicyName = "fcfs"
+    enable_priority_scheduling: bool = False
+    schedule_low_priority_values_first: bool = False
+    priority_scheduling_preemption_threshold: int = 10
+    disable_priority_preemption: bool = False
+    default_priority_value: int | None = None
+    abort_on_priority_when_disabled: bool = False
+    disable_radix_cache: bool = False
     max_window_steps: int = 32
     decode_buckets: tuple[int, ...] | None = None
     prefill_buckets: tuple[int, ...] | None = None
-    disable_radix_cache: bool = False
     max_top_logprobs: int = 20
     hidden_layers: tuple[int, ...] | None = None
     stream_interval: int = 1
@@ -203,6 +223,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):
                 raise ConfigError(f"`{name}` must be a positive integer, got {value!r}.")
+        self._check_schedule()
         chunk = self.chunked_prefill_size
         if chunk is not None and (not _is_int(chunk) or (chunk < 1 and chunk != -1)):
             raise ConfigError(
@@ -219,6 +240,11 @@ class EngineConfig:
                 raise ConfigError(f"`{name}` must be ascending positive sizes, got {value}.")
 
     @property
+    def has_priorities(self) -> bool:
+        """Priorities count."""
+        return self.enable_priority_scheduling or self.schedule_policy == "priority"
+
+    @property
     def model_overrides(self) -> dict[str, Any]:
         """`json_model_override_args` as a dict."""
         return _json_object("json_model_override_args", self.json_model_override_args)
@@ -227,6 +253,25 @@ class EngineConfig:
     def preferred_params(self) -> dict[str, Any]:
         """`preferred_sampling_params` as a dict."""
         return _json_object("preferred_sampling_params", self.preferred_sampling_params or {})
+
+    def _check_schedule(self) -> None:
+        _check_choice("schedule_policy", self.schedule_policy, get_args(PolicyName))
+        if self.enable_priority_scheduling and self.schedule_policy == "lpm":
+            raise ConfigError(
+                '`enable_priority_scheduling` and `schedule_policy="lpm"` are two orders; '
+                "leave one of them out."
+            )
+        queued = self.max_queued_requests
+        if queued is not None and (not _is_int(queued) or queued < 0):
+            raise ConfigError(f"`max_queued_requests` must be 0 or more, got {queued!r}.")
+        threshold = self.priority_scheduling_preemption_threshold
+        if not _is_int(threshold) or threshold < 0:
+            raise ConfigError(
+                f"`priority_scheduling_preemption_threshold` must be 0 or more, got {threshold!r}."
+            )
+        priority = self.default_priority_value
+        if priority is not None and not _is_int(priority):
+            raise ConfigError(f"`default_priority_value` must be an integer, got {priority!r}.")
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> "EngineConfig":

@@ -69,11 +69,6 @@ class EngineCore:
         return not self._in_flight and (is_stopped or not self.scheduler.has_work)
 
     @property
-    def is_idle(self) -> bool:
-        """Nothing is under way, and nobody holds pages."""
-        return self.is_settled and not self.scheduler.num_running
-
-    @property
     def seconds_to_deadline(self) -> float | None:
         """Time until a step has a request to end for its `timeout_s`; None where there is none."""
         if not self._deadlines:
@@ -139,7 +134,7 @@ class EngineCore:
         self._is_paused = False
 
     def sleep(self) -> None:
-        """Starts nothing before `wake`; only when idle."""
+        """Starts nothing before `wake`; only when settled."""
         self._is_asleep = True
 
     def wake(self) -> None:
@@ -252,6 +247,7 @@ class EngineCore:
             "window_sizes": dict(counts.window_sizes),
             "num_waiting": scheduler.num_waiting,
             "num_running": scheduler.num_running,
+            "num_pages": scheduler.num_pages,
             "num_free_pages": scheduler.num_free_pages,
             "num_cached_pages": scheduler.num_cached_pages,
             "num_host_reads": self.num_reads,

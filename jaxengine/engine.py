@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import inspect
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from typing import Any
+from typing import Any, Literal
 
 from jaxengine import build as builder
 from jaxengine.call import Call
@@ -41,10 +42,11 @@ from jaxengine.residency import Residency, Running
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.sampling import as_sampler, default_sampler
 from jaxengine.sampling.processor import with_processor
-from jaxengine.sglang_names import SGLangNames
+from jaxengine.sglang_names import CacheFlush, SGLangNames
 from jaxengine.submit import Submitter
 from jaxengine.text.detokenizer import Vocabulary
 from jaxengine.text.tokenizer import eos_token_ids, load_tokenizer, set_chat_template
+from jaxengine.types import SequenceRequest
 from jaxengine.weight_sources import WeightSources
 from jaxengine.worker import Worker
 
@@ -114,7 +116,6 @@ class Engine(SGLangNames):
             config, own, params=params, model_config=model_config, progress=progress
         )
         self.config, self.model_config = built.config, built.model_config
-        self._limits = built.limits
         self._programs, self._core, self._built_seconds = built.programs, built.core, built.seconds
         self._samplers, self._runner = built.samplers, built.runner
         try:
@@ -134,12 +135,8 @@ class Engine(SGLangNames):
                 tokenizer=self.tokenizer,
                 vocabulary=vocabulary,
                 eos_token_ids=eos_token_ids(self.tokenizer, self.model_config.eos_token_ids),
-                context_length=built.limits.context_length,
-                max_total_tokens=built.limits.max_total_tokens,
-                random_seed=config.random_seed,
+                config=built.config,
                 weight_versions=self._residency.versions,
-                allow_auto_truncate=config.allow_auto_truncate,
-                stream_interval=config.stream_interval,
             )
             # Calls under way hold it, too: the engine stops when nobody wants anything of it.
             self._finalizer = weakref.finalize(self._submitter, _stop, self._worker, built.programs)
@@ -179,6 +176,11 @@ class Engine(SGLangNames):
         stream: bool = False,
         progress: bool = False,
         rid: Any = None,
+        priority: Any = None,
+        cache_salt: Any = None,
+        extra_key: Any = None,
+        timeout_s: Any = None,
+        on_error: str = "raise",
         **others: Any,
     ) -> Any:
         """Continues one prompt or a list of them; blocks, or streams with `stream=True`.
@@ -196,7 +198,8 @@ class Engine(SGLangNames):
             distribution it was drawn from.
           logprob_start_len: With it, also report the model's own logprobs of the prompt's tokens
             from this one on; -1 for none.
-          top_logprobs_num: With it, the so many most likely tokens at every place.
+          top_logprobs_num: With it, the so many most likely tokens at every place, by SGLang's
+            measure; `capture` gives those of any other.
           token_ids_logprob: With it, the logprobs of these ids at every place.
           return_text_in_logprobs: Give the tokens' text in these lists.
           return_hidden_states: Report the model's hidden states in `meta_info["hidden_states"]` of
@@ -223,6 +226,15 @@ class Engine(SGLangNames):
             what is new in `delta_text` and `delta_ids`; for a list also `index`.
           progress: Show a bar with tokens per second, the time left and prefix-cache hits.
           rid: The request's id, in `meta_info["id"]`; fresh when None.
+          priority: Who is more urgent, where `schedule_policy` is "priority"; an integer.
+          cache_salt: Prefixes in the cache are shared only with requests of the same one; a string.
+          extra_key: Another one; both count.
+          timeout_s: Longest time from here to the end, waiting included; a request that takes
+            longer ends with what there is, `finish_reason` "abort".
+          on_error: "raise": the first request that fails raises, and its siblings are aborted.
+            "return": one that fails, or is wrong, becomes an output beside the others: what there
+            is of it, `finish_reason` {"type": "abort", "message": ..., "err_type": ...}, and
+            `error`, {"type": the exception's class, "message": ...}, a key no other output has.
           **others: Further arguments of SGLang, refused by name where they are set.
 
         Returns:
@@ -230,6 +242,8 @@ class Engine(SGLangNames):
 
         Raises:
           RequestError: For a bad argument; nothing of the call has been queued then.
+          QueueFullError: If more would wait than `max_queued_requests`; likewise.
+          StepError, NaNLogitsError: If the device or the model failed this request.
           EngineDeadError: After `shutdown`.
         """
         call = self._start(
@@ -251,6 +265,11 @@ class Engine(SGLangNames):
             companions=companions,
             stream=stream,
             rid=rid,
+            priority=priority,
+            cache_salt=cache_salt,
+            extra_key=extra_key,
+            timeout_s=timeout_s,
+            on_error=on_error,
             others=others,
         )
         if stream or not progress:
@@ -279,6 +298,11 @@ class Engine(SGLangNames):
         companions: Any = None,
         stream: bool = False,
         rid: Any = None,
+        priority: Any = None,
+        cache_salt: Any = None,
+        extra_key: Any = None,
+        timeout_s: Any = None,
+        on_error: str = "raise",
         **others: Any,
     ) -> Any:
         """`generate` for coroutines, in any event loop; cancelling the task aborts its requests.
@@ -304,6 +328,11 @@ class Engine(SGLangNames):
             companions=companions,
             stream=stream,
             rid=rid,
+            priority=priority,
+            cache_salt=cache_salt,
+            extra_key=extra_key,
+            timeout_s=timeout_s,
+            on_error=on_error,
             others=others,
         )
         return call if stream else await call.acollect()
@@ -355,12 +384,50 @@ class Engine(SGLangNames):
         start = self._item_starter({"sampling_params": sampling_params, **arguments})
         return aimap(start, items, **self._flow(max_in_flight, ordered, on_error))
 
-    def abort(self, rid: str) -> None:
-        """Ends a request by its exact id; its caller gets what there is, `finish_reason` "abort".
+    # -- control
 
-        An id that is not in flight is ignored.
+    def abort(self, rid: str | Callable[[str], bool]) -> None:
+        """Ends requests at the end of the window under way.
+
+        Their callers get what there is, with `finish_reason` "abort". Ids that are not in flight
+        are ignored.
+
+        Args:
+          rid: The exact id, or a function that says of an id whether it is meant.
         """
-        self._submitter.abort(rid)
+        self._submitter.abort(rid if callable(rid) else lambda other: other == rid)
+
+    def abort_all(self) -> None:
+        """Ends every request in flight."""
+        self._submitter.abort(lambda rid: True)
+
+    def pause(self, mode: Literal["in_place", "retract", "abort"] = "in_place") -> None:
+        """Waits for the window under way, and lets no other begin before `resume`.
+
+        Requests that come meanwhile wait; their `timeout_s` runs on.
+
+        Args:
+          mode: "in_place": those that run keep their pages. "retract": they give them back, and
+            are computed anew afterwards. "abort": they end.
+
+        Raises:
+          RequestError: For another mode.
+          EngineDeadError: After `shutdown`.
+        """
+        if mode not in ("in_place", "retract", "abort"):
+            raise RequestError(f"`mode` must be in_place, retract or abort, got {mode!r}.")
+        if mode == "abort":
+            self.abort_all()
+        self._worker.pause(keeps_pages=mode == "in_place")
+
+    def resume(self) -> None:
+        """Goes on after `pause`."""
+        self._worker.call(self._core.resume).result()
+
+    def flush_cache(self) -> CacheFlush:
+        """Forgets all cached prefixes; requests that run go on with the pages they have."""
+        self._worker.call(self._core.scheduler.flush_cache).result()
+        return CacheFlush(success=True)
 
     # -- weights and memory
 
@@ -392,8 +459,9 @@ class Engine(SGLangNames):
             of Hugging Face names and numpy, jax or DLPack arrays; or a checkpoint folder or hub id.
           version: Name of these weights; a number counted up when None.
           running: "finish": requests under way end with the weights they have, and those that come
-            meanwhile wait. "keep": those under way go on with the new weights from the next step
-            on, over the keys and values they have; `pause("retract")` first has these made anew.
+            meanwhile wait; while paused, at once. "keep": those under way go on with the new ones
+            from the next step on, over the keys and values they have; `pause("retract")` before,
+            and `resume` after, have these made anew.
           partial: A dict may lack names; what they name stays as it is.
 
         Raises:
@@ -425,7 +493,8 @@ class Engine(SGLangNames):
             `update_weights`.
 
         Returns:
-          Bytes that went, by tag, and the allocator's `bytes_in_use_before` and `bytes_in_use`.
+          Bytes that went, by tag, and the allocator's `bytes_in_use_before` and `bytes_in_use`,
+          None where the backend does not tell.
         """
         return self._residency.release(tags, keep_copy=keep_copy)
 
@@ -507,7 +576,7 @@ class Engine(SGLangNames):
             **self._core.stats(),
             "startup_seconds": {**self._built_seconds, "total": self._startup_seconds},
             "programs": self._programs.stats(),
-            "max_total_tokens": self._limits.max_total_tokens,
+            "max_total_tokens": self.config.max_total_tokens,
         }
 
     # -- prompts that are read, and conversations
@@ -705,13 +774,17 @@ class Engine(SGLangNames):
         )
         samples = self._submitter.sequences(parsed, live, is_streaming=stream)
         # Compiled here, not in the engine's thread: nobody else waits for it.
+        queued = [sample for sample in samples if isinstance(sample, SequenceRequest)]
         self._runner.prepare(
             live,
-            scores=any(sample.logprob_start is not None for sample in samples),
-            hidden=any(sample.feeds_last for sample in samples),
-            embeds=any(sample.embeds is not None for sample in samples),
+            lists=any(sample.wants_lists for sample in queued),
+            scores=any(sample.logprob_start is not None for sample in queued),
+            hidden=any(sample.feeds_last for sample in queued),
+            embeds=any(sample.embeds is not None for sample in queued),
         )
-        return self._submitter.submit(parsed, samples, has_text=bool(return_text_in_logprobs))
+        return self._submitter.submit(
+            parsed, samples, is_streaming=stream, has_text=bool(return_text_in_logprobs)
+        )
 
     def _item_starter(self, common: dict[str, Any]) -> Callable[[Any, int], Call]:
         def start(item: Any, place: int) -> Call:
@@ -749,8 +822,9 @@ class Engine(SGLangNames):
 
 
 _START_DEFAULTS = {
-    **dict.fromkeys(("prompt", "sampling_params", "input_ids")),
-    **{k: v for k, v in (Engine.generate.__kwdefaults__ or {}).items() if k != "progress"},
+    name: parameter.default
+    for name, parameter in inspect.signature(Engine.generate).parameters.items()
+    if parameter.default is not parameter.empty and name != "progress"
 }
 """What `generate` takes where an item of `imap` does not say."""
 

@@ -7,6 +7,7 @@
     │   ├── PromptTooLongError          the prompt does not fit the context or the page pool
     │   └── SamplerError                a sampler cannot be traced, or left no token to draw
     ├── CapacityError (RuntimeError)    the device cannot hold what was asked of it
+    │   └── QueueFullError              more wait already than `max_queued_requests` allows
     ├── WeightsError (ValueError)       missing, unexpected or misshapen tensors, all named at once
     ├── StepError (RuntimeError)        a device step failed, and the requests of that batch with it
     ├── NaNLogitsError (RuntimeError)   the model gave NaN for this request
@@ -43,6 +44,10 @@ class SamplerError(RequestError):
 
 class CapacityError(JaxEngineError, RuntimeError):
     """The device cannot hold what was asked of it."""
+
+
+class QueueFullError(CapacityError):
+    """More would wait than `max_queued_requests` allows; nothing of the call was queued."""
 
 
 class WeightsError(JaxEngineError, ValueError):

@@ -1,13 +1,14 @@
 """A GGUF file in the words of a Hugging Face checkpoint: config, tensors, tokenizer metadata.
 
-Reads through the `gguf` package (`pip install 'jaxengine[gguf]'`). Knows nothing of jax.
+Dequantises and names through the `gguf` package (`pip install 'jaxengine[gguf]'`). Knows nothing of
+jax.
 
-Source: the GGUF specification, github.com/ggml-org/ggml/blob/master/docs/gguf.md; what llama.cpp's
-convert_hf_to_gguf.py writes for Llama, Qwen2 and Qwen3.
+Source: what llama.cpp's convert_hf_to_gguf.py writes for Llama, Qwen2 and Qwen3.
 """
 
 import math
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxengine.errors import ConfigError, UnsupportedModelError, WeightsError
+from jaxengine.gguf_header import read_header
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",  # Mistral's files say so, too
@@ -26,8 +28,8 @@ ARCHITECTURES = {
 TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 """Tensor types that are read; all become the engine's dtype."""
 
-CHUNK_VALUES = 1 << 24
-"""Values dequantised at once: 64 MB in float32."""
+CHUNK_VALUES = 1 << 22
+"""Values a thread dequantises at once: 16 MB in float32."""
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -40,6 +42,7 @@ class GGUFFile:
 
     Attributes:
       path: Where it is.
+      metadata: Numbers, strings and lists, by their keys.
       architecture: `general.architecture`.
     """
 
@@ -51,10 +54,8 @@ class GGUFFile:
           UnsupportedModelError: For another architecture.
         """
         self._gguf = _package(path)
-        try:
-            self._reader = self._gguf.GGUFReader(path)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} is not a GGUF file that can be read: {error}.") from error
+        self.metadata, self._tensors = read_header(path)
+        self._bytes = np.memmap(path, np.uint8, mode="r")
         self.path = path
         self.architecture = self.get("general.architecture")
         if self.architecture not in ARCHITECTURES:
@@ -67,39 +68,39 @@ class GGUFFile:
                 f"{path} is one of {self.get('split.count')} parts. Merge them with "
                 "`llama-gguf-split --merge` and pass the whole file."
             )
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the metadata: a number, a string, or a list of them."""
-        field = self._reader.get_field(key)
-        if field is None:
-            return default
-        value = field.contents()
-        # Floats are stored in 32 bits; the shortest decimal is what the converter read.
-        return float(str(np.float32(value))) if isinstance(value, float) else value
+        return self.metadata.get(key, default)
 
     def _own(self, key: str, default: Any = None) -> Any:
         return self.get(f"{self.architecture}.{key}", default)
 
+    def _must(self, key: str) -> Any:
+        value = self._own(key)
+        if value is None:
+            raise ConfigError(f"{self.path} does not say `{self.architecture}.{key}`.")
+        return value
+
     @cached_property
     def raw_config(self) -> dict[str, Any]:
         """What the model's `config.json` would hold."""
-        num_heads = self._own("attention.head_count")
+        num_heads = self._must("attention.head_count")
         head_dim = self._own("attention.key_length") or self._own("rope.dimension_count")
         eos = [self.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
         return {
             "architectures": [ARCHITECTURES[self.architecture]],
             "vocab_size": self._shape("token_embd.weight")[0],
-            "hidden_size": self._own("embedding_length"),
-            "intermediate_size": self._own("feed_forward_length"),
-            "num_hidden_layers": self._own("block_count"),
+            "hidden_size": self._must("embedding_length"),
+            "intermediate_size": self._must("feed_forward_length"),
+            "num_hidden_layers": self._must("block_count"),
             "num_attention_heads": num_heads,
             "num_key_value_heads": self._own("attention.head_count_kv", num_heads),
             "head_dim": head_dim,
-            "rms_norm_eps": self._own("attention.layer_norm_rms_epsilon"),
+            "rms_norm_eps": self._must("attention.layer_norm_rms_epsilon"),
             "rope_theta": self._own("rope.freq_base", 10000.0),
             "rope_scaling": self._rope_scaling(),
-            "max_position_embeddings": self._own("context_length"),
+            "max_position_embeddings": self._must("context_length"),
             "tie_word_embeddings": "output.weight" not in self._tensors,
             "torch_dtype": self._dtype(),
             "eos_token_id": list(dict.fromkeys(token for token in eos if token is not None)),
@@ -108,10 +109,29 @@ class GGUFFile:
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self._tensors:
             raise WeightsError(f"{self.path} has no tensor {name}.")
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+        return self._tensors[name].shape
+
+    def _kind(self, name: str) -> Any:
+        """The tensor's type; one that is not read is refused."""
+        number = self._tensors[name].kind
+        known = {kind.value: kind for kind in self._gguf.GGMLQuantizationType}
+        kind_name = known[number].name if number in known else f"type {number}"
+        if kind_name not in TENSOR_TYPES:
+            raise UnsupportedModelError(
+                f"{name} of {self.path} is {kind_name}; supported: {', '.join(TENSOR_TYPES)}."
+            )
+        return known[number]
+
+    def _rows(self, name: str) -> np.ndarray:
+        """The tensor as it is stored, bytes `[rows, row_bytes]`; a vector is one row."""
+        _, shape, _, start = self._tensors[name]
+        num_rows = math.prod(shape[:-1])
+        block_len, block_bytes = self._gguf.GGML_QUANT_SIZES[self._kind(name)]
+        row_bytes = shape[-1] // block_len * block_bytes
+        return self._bytes[start : start + num_rows * row_bytes].reshape(num_rows, row_bytes)
 
     def _dtype(self) -> str:
-        kind = self._tensors["token_embd.weight"].tensor_type.name
+        kind = self._kind("token_embd.weight").name
         return {"F32": "float32", "F16": "float16"}.get(kind, "bfloat16")
 
     def _rope_scaling(self) -> dict[str, Any] | None:
@@ -134,7 +154,7 @@ class GGUFFile:
         Raises:
           UnsupportedModelError: For divisors of another kind of scaling.
         """
-        divisors = np.asarray(self._tensors["rope_freqs.weight"].data, np.float64)
+        divisors = self.read("rope_freqs.weight", np.float64)
         factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
         theta = self._own("rope.freq_base", 10000.0)
         rates = theta ** (-np.arange(len(divisors)) / len(divisors))
@@ -161,7 +181,7 @@ class GGUFFile:
           wanted: Hugging Face names the model has. What the file has beside them keeps its name.
         """
         arch = {value: key for key, value in self._gguf.MODEL_ARCH_NAMES.items()}
-        table = self._gguf.get_tensor_name_map(arch[self.architecture], self._own("block_count"))
+        table = self._gguf.get_tensor_name_map(arch[self.architecture], self._must("block_count"))
         named = {name: table.get_name(name, (".weight", ".bias")) for name in wanted}
         found = {name: own for name, own in named.items() if own in self._tensors}
         others = self._tensors.keys() - set(found.values()) - {"rope_freqs.weight"}
@@ -177,18 +197,16 @@ class GGUFFile:
         Raises:
           UnsupportedModelError: For a tensor type that is not read.
         """
-        tensor = self._tensors[own_name]
-        kind = tensor.tensor_type.name
-        if kind not in TENSOR_TYPES:
-            raise UnsupportedModelError(
-                f"{own_name} of {self.path} is {kind}; supported: {', '.join(TENSOR_TYPES)}."
-            )
-        shape = self._shape(own_name)
-        rows = tensor.data.reshape(shape[0] if len(shape) > 1 else 1, -1)
-        out = np.empty((len(rows), math.prod(shape) // len(rows)), dtype)
-        step = max(1, CHUNK_VALUES // out.shape[1])
-        for i in range(0, len(rows), step):
-            out[i : i + step] = self._gguf.quants.dequantize(rows[i : i + step], tensor.tensor_type)
+        rows, kind, shape = self._rows(own_name), self._kind(own_name), self._shape(own_name)
+        out = np.empty((len(rows), shape[-1]), dtype)
+        step = max(1, CHUNK_VALUES // shape[-1])
+
+        def dequantise(start: int) -> None:
+            part = slice(start, start + step)
+            out[part] = self._gguf.quants.dequantize(rows[part], kind)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(dequantise, range(0, len(rows), step)))
         return self._unpermuted(own_name, out.reshape(shape))
 
     def _unpermuted(self, own_name: str, rows: np.ndarray) -> np.ndarray:

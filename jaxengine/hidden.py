@@ -3,7 +3,6 @@
 Numpy only; runs in the text thread.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,22 +43,23 @@ class HiddenCollector:
         self._first = self.num_tokens
         self._states: np.ndarray | None = None
 
-    def push(self, states: np.ndarray | Sequence[Any]) -> None:
-        """Takes the states [n, ...] of the next tokens."""
-        if not isinstance(states, np.ndarray) or not len(states):
+    def push(self, states: np.ndarray | None) -> None:
+        """Takes the states [n, ...] of the next tokens; None for none."""
+        if states is None or not len(states):
             return
-        if self._states is None:
+        kept = self._states
+        if kept is None:
             # Room for all, of which the system gives only what is written: no copy at the end.
             rows = self._most - self._first if self._keeps_all else 1
-            self._states = np.empty((rows, *states.shape[1:]), np.float32)
-            self._states[:1] = 0
+            self._states = kept = np.empty((rows, *states.shape[1:]), np.float32)
+            kept[:1] = 0
         if self._keeps_all:
             start = self.num_tokens - self._first
-            self._states[start : start + len(states)] = states
+            kept[start : start + len(states)] = states
         elif self._which == "last":
-            self._states[0] = states[-1]
+            kept[0] = states[-1]
         else:
-            self._states[0] += states.astype(np.float32).sum(axis=0)
+            kept[0] += states.astype(np.float32).sum(axis=0)
         self.num_tokens += len(states)
 
     def result(self, num_tokens: int) -> Any:

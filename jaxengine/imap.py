@@ -174,7 +174,9 @@ class _Flight:
         place, self._num_added = self._num_added, self._num_added + 1
         try:
             call = self._running[place] = self._start(item, place)
-        except (RequestError, TypeError) as error:
+        except EngineDeadError:
+            raise
+        except Exception as error:
             self._fail(place, error)
             return
         call.watch(lambda: self.ended.put(place))

@@ -1,5 +1,6 @@
 """From a sequence's tokens to SGLang's output dicts. Runs in the text thread."""
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
@@ -32,6 +33,7 @@ class SequenceOutput:
         has_stop_strings: bool,
         decode: Decode | None,
         weight_versions: Sequence[str],
+        returns_errors: bool = False,
         hidden: HiddenCollector | None = None,
         stream_interval: int = 1,
         has_prompt_ids: bool = False,
@@ -44,6 +46,7 @@ class SequenceOutput:
         has_stop_strings: Text must be looked at as it comes.
         decode: Gives a token's text, where logprobs are to carry it.
         weight_versions: Names of all weights the engine has had, by their ids; grows.
+        returns_errors: An error becomes an output, instead of being put itself.
         hidden: Collects hidden states, where they are wanted.
         stream_interval: Tokens between two outputs of a stream, at least; the first comes at once.
         has_prompt_ids: Outputs carry the prompt's token ids.
@@ -55,6 +58,7 @@ class SequenceOutput:
         self._watches_text = has_stop_strings or request.is_streaming
         self._weight_versions = weight_versions
         self._weights_ids: list[tuple[int, int]] = []
+        self._returns_errors = returns_errors
         self._hidden = hidden
         self._stream_interval = stream_interval
         self._has_prompt_ids = has_prompt_ids
@@ -70,26 +74,18 @@ class SequenceOutput:
     def push(self, update: SequenceUpdate) -> bool:
         """Takes what a step brought; False when a stop string ended the text."""
         if update.error is not None:
-            self._channel.put((self._index, update.error, True))
+            self._push_error(update, update.error)
             return True
         if self._hidden is not None:
             for leaves in (update.prompt_leaves, update.leaves):
-                self._hidden.push(leaves.get(HIDDEN, ()))
+                self._hidden.push(leaves.get(HIDDEN))
         finish = self._ending or self._take(update)
         if finish is not None and not (update.finish or self._ending) and self._lacks_state():
             self._ending = finish  # the next step feeds the last token and brings its state
             return True
         if finish is None and not self._is_due():
             return True
-        output = self._output(finish, update)
-        if self._request.is_streaming:
-            output["delta_text"] = self._delta_text
-            output["delta_ids"] = self._ids[self._num_given :]
-            if self._detokenizer is None:
-                del output["delta_text"]
-        self._delta_text = ""
-        self._num_given = len(self._ids)
-        self._channel.put((self._index, output, finish is not None))
+        self._put(self._output(finish, update), is_last=finish is not None)
         return finish is update.finish
 
     def _take(self, update: SequenceUpdate) -> StopReason | None:
@@ -110,6 +106,27 @@ class SequenceOutput:
         if self._hidden is None:
             return False
         return self._hidden.num_tokens < len(self._request.prompt_ids) + len(self._ids)
+
+    def _push_error(self, update: SequenceUpdate, error: Exception) -> None:
+        if not self._returns_errors:
+            self._channel.put((self._index, error, True))
+            return
+        reason = StopReason.of_error(error)
+        self._hidden = None
+        # The error may be the detokenizer's own; then the text ends where it was before.
+        with contextlib.suppress(Exception):
+            self._read_text(reason)
+        failed = {"error": {"type": reason.err_type, "message": reason.message}}
+        self._put(self._output(reason, update) | failed, is_last=True)
+
+    def _put(self, output: dict[str, Any], *, is_last: bool) -> None:
+        if self._request.is_streaming:
+            if self._detokenizer is not None:
+                output["delta_text"] = self._delta_text
+            output["delta_ids"] = self._ids[self._num_given :]
+        self._delta_text = ""
+        self._num_given = len(self._ids)
+        self._channel.put((self._index, output, is_last))
 
     def _read_text(self, finish: StopReason | None) -> StopReason | None:
         """Decodes new ids where text is wanted now; a stop string found becomes the reason."""

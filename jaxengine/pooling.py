@@ -69,12 +69,14 @@ def score_prompts(query: Any, items: Any, label_token_ids: Any, item_first: bool
     """
     if label_token_ids is None or len(label_token_ids) == 0:
         raise RequestError("`label_token_ids` must be given: ids of the labels to score.")
+    if items is not None and len(items) == 0:
+        return {"prompt": []}
     if isinstance(query, str):
         texts = [items] if isinstance(items, str) else items
         if isinstance(texts, list | tuple) and all(isinstance(item, str) for item in texts):
             joined = [item + query if item_first else query + item for item in texts]
             return {"prompt": joined, "token_ids_logprob": label_token_ids}
-    elif not isinstance(items, str) and _is_ids(query) and all(map(_is_ids, items)):
+    elif isinstance(items, list | tuple) and _is_ids(query) and all(map(_is_ids, items)):
         start = list(query)
         joined = [[*item, *start] if item_first else [*start, *item] for item in items]
         return {"input_ids": joined, "token_ids_logprob": label_token_ids}

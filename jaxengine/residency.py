@@ -53,9 +53,9 @@ class Residency:
           make: Checks and places the new ones, given these (None while they are released); called
             here, and what it raises changes nothing.
           version: Name of the new ones.
-          running: "finish": requests under way end with the old ones, later ones wait. "keep":
-            those under way go on with the new ones from the next step, over the keys and values
-            they have.
+          running: "finish": requests under way end with the old ones, later ones wait; while
+            paused there is nothing to wait for. "keep": those under way go on with the new ones
+            from the next step, over the keys and values they have.
         """
         if running not in ("finish", "keep"):
             raise RequestError(f'`running` must be "finish" or "keep", got {running!r}.')
@@ -84,6 +84,11 @@ class Residency:
         sizes: dict[str, Any] = {}
 
         def release() -> None:
+            if self._core.scheduler.num_running:
+                raise RequestError(
+                    "Requests that are paused in place hold pages; call `pause` with "
+                    'mode="retract" first, or `resume`.'
+                )
             self._core.sleep()
             for tag in tags - self._away:
                 sizes[tag] = self._runner.num_bytes(tag)
@@ -96,7 +101,7 @@ class Residency:
             self._away |= tags
 
         with self._lock:
-            self._worker.call(release, lambda: self._core.is_idle).result()
+            self._worker.call(release, lambda: self._core.is_settled).result()
         after = (device.memory_stats() or {}).get("bytes_in_use")
         return {**sizes, "bytes_in_use_before": before, "bytes_in_use": after}
 

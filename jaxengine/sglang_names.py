@@ -5,15 +5,37 @@ Failures are returned as SGLang returns them, where it does; our own methods rai
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxengine.errors import JaxEngineError, RequestError
+from jaxengine.compat import METHODS, nearest
+from jaxengine.errors import JaxEngineError
+
+
+class CacheFlush(NamedTuple):
+    """What `Engine.flush_cache` gives.
+
+    Attributes:
+      success: Always True: here the cache can be flushed at any time.
+    """
+
+    success: bool
 
 
 class SGLangNames:
     """Aliases; `Engine` has what they call."""
+
+    if not TYPE_CHECKING:  # a type checker would take every name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """Our name for SGLang's, or why there is none."""
+            known = METHODS.get(name)
+            if known is not None and known.fate == "mapped":
+                return getattr(self, known.target)
+            if known is not None and known.fate == "refused":
+                raise AttributeError(f"`Engine.{name}` is not supported: {known.why}.")
+            raise AttributeError(f"Engine has no attribute `{name}`{nearest(name, dir(self))}")
 
     def update_weights_from_tensor(
         self: Any, named_tensors: Any, load_format: str | None = None, flush_cache: bool = True
@@ -32,16 +54,20 @@ class SGLangNames:
         """`update_weights` from a folder or hub id; `model_path` and `served_model_name` follow."""
         return *_told(lambda: self.update_weights(model_path)), 0
 
-    def update_weights_from_distributed(self: Any, *_: Any, **__: Any) -> Any:
-        """Refused: there is one process, so the trainer's arrays are at hand."""
-        raise RequestError(
-            "Weights are not sent between processes here. Train in this process and pass the "
-            "arrays to `update_weights`, or write a checkpoint and pass its folder."
-        )
+    def abort_request(self: Any, rid: str = "", abort_all: bool = False) -> None:
+        """`abort` or `abort_all`; the id must be exact, where SGLang's is a prefix."""
+        if abort_all:
+            self.abort_all()
+        else:
+            self.abort(rid)
 
-    init_weights_update_group = update_weights_from_distributed
-    destroy_weights_update_group = update_weights_from_distributed
-    update_weights_from_ipc = update_weights_from_distributed
+    def pause_generation(self: Any, mode: str = "abort") -> None:
+        """`pause`, which aborts everyone unless told otherwise, as SGLang does."""
+        self.pause(mode)
+
+    def continue_generation(self: Any) -> None:
+        """`resume`."""
+        self.resume()
 
     def get_weights_by_name(self: Any, name: str, truncate_size: int = 100) -> list[Any] | None:
         """The first rows of a tensor by its checkpoint name, as lists; None for an unknown name."""

@@ -4,24 +4,25 @@ import dataclasses
 import functools
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxengine.call import Call
 from jaxengine.channel import Channel
-from jaxengine.errors import PromptTooLongError, RequestError
+from jaxengine.config import EngineConfig
+from jaxengine.errors import PromptTooLongError, QueueFullError, RequestError
 from jaxengine.hidden import HiddenCollector
 from jaxengine.log import logger
 from jaxengine.outputs import SequenceOutput
 from jaxengine.params import SamplingParams, derive_seed, fresh_seed
-from jaxengine.requests import ParsedCall, PromptRequest
+from jaxengine.requests import ParsedCall, PromptRequest, Refused
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.text.detokenizer import Detokenizer, Vocabulary
 from jaxengine.text.tokenizer import encode
 from jaxengine.types import MAX_STOP_TOKEN_IDS, SequenceRequest, SequenceUpdate, StopReason
-from jaxengine.worker import Worker
+from jaxengine.worker import Output, Worker
 
 
 class Submitter:
@@ -37,12 +38,8 @@ class Submitter:
         tokenizer: Any,
         vocabulary: Vocabulary | None,
         eos_token_ids: tuple[int, ...],
-        context_length: int,
-        max_total_tokens: int,
-        random_seed: int | None,
+        config: EngineConfig,
         weight_versions: Sequence[str],
-        allow_auto_truncate: bool,
-        stream_interval: int = 1,
     ) -> None:
         """Starts with nothing in flight.
 
@@ -51,113 +48,185 @@ class Submitter:
           tokenizer: None where ids come in and go out.
           vocabulary: Its tokens' bytes.
           eos_token_ids: End every text that does not ignore them.
-          context_length: Longest prompt plus output, in tokens.
-          max_total_tokens: Tokens the KV pages hold.
-          random_seed: Seed from which requests without one draw theirs; fresh ones when None.
+          config: With every None resolved.
           weight_versions: Names of all weights there have been; grows.
-          allow_auto_truncate: Prompts that are too long lose their end.
-          stream_interval: Tokens between two outputs of a stream, where a request does not say.
         """
         self._worker = worker
-        self._weight_versions = weight_versions
-        self._stream_interval = stream_interval
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._eos = eos_token_ids
-        self._context_length = context_length
-        self._max_total_tokens = max_total_tokens
-        self._allow_auto_truncate = allow_auto_truncate
-        self._seeds = None if random_seed is None else np.random.default_rng(random_seed)
+        self._config = config
+        self._weight_versions = weight_versions
+        seed = config.random_seed
+        self._seeds = None if seed is None else np.random.default_rng(seed)
         self._seq_ids = itertools.count()
-        self._rids: dict[str, list[SequenceRequest]] = {}
+        self._rids: dict[str, dict[int, SequenceRequest]] = {}
+        self._num_in_flight = 0
         # Reentrant: the garbage collector may drop a Call, which releases ids, inside it.
         self._rids_lock = threading.RLock()
 
     def sequences(
         self, parsed: ParsedCall, live: LiveSampler, *, is_streaming: bool
-    ) -> list[SequenceRequest]:
+    ) -> list[SequenceRequest | Refused]:
         """The samples of a call, prompt-major; nothing is queued yet.
 
         Raises:
-          RequestError: For a prompt that does not fit, or has no tokens.
+          RequestError: For a prompt that does not fit, or has no tokens; where the call wants
+            errors among its outputs, it is refused alone.
         """
-        prompt_ids = map(self._fitted, self._tokenize(parsed), parsed.requests)
-        return [
-            self._sequence(request, ids, sample, live, is_streaming=is_streaming)
-            for request, ids in zip(parsed.requests, prompt_ids, strict=True)
-            for sample in range(parsed.n)
-        ]
+        tokenized = self._tokenize(parsed)
+        samples: list[SequenceRequest | Refused] = []
+        for request in parsed.requests:
+            try:
+                if isinstance(request, Refused):
+                    raise request.error
+                ids = self._fitted(tokenized(request), request)
+                samples += [
+                    self._sequence(request, ids, sample, live, is_streaming=is_streaming)
+                    for sample in range(parsed.n)
+                ]
+            except Exception as error:
+                if not parsed.returns_errors:
+                    raise
+                samples += [Refused(request.rid, error)] * parsed.n
+        return samples
 
-    def submit(self, parsed: ParsedCall, samples: list[SequenceRequest], *, has_text: bool) -> Call:
+    def submit(
+        self,
+        parsed: ParsedCall,
+        samples: list[SequenceRequest | Refused],
+        *,
+        is_streaming: bool,
+        has_text: bool,
+    ) -> Call:
         """Queues the samples, all at once.
 
         Args:
           parsed: The call.
           samples: Its `sequences`.
+          is_streaming: Outputs are given as they grow.
           has_text: Lists of logprobs carry the tokens' text.
 
         Raises:
           RequestError: For an id that is in flight.
+          QueueFullError: If more would wait than may.
           EngineDeadError: After the worker was stopped.
         """
         decode = None
         if has_text and self._tokenizer is not None:
             decode = functools.partial(_decode, self._tokenizer)
         channel = Channel()
-        by_prompt = itertools.chain.from_iterable(
-            itertools.repeat(request, parsed.n) for request in parsed.requests
-        )
-        outputs = [
-            SequenceOutput(
-                sample,
+        queued: dict[int, SequenceRequest] = {}
+        outputs: list[tuple[SequenceRequest, Output]] = []
+        for index, sample in enumerate(samples):
+            request = parsed.requests[index // parsed.n]
+            make = functools.partial(
+                self._output,
                 channel,
-                index=index,
-                detokenizer=self._detokenizer(request.params),
-                has_stop_strings=bool(request.params.stop or request.params.stop_regex),
-                decode=decode,
-                weight_versions=self._weight_versions,
-                hidden=_collector(request, sample),
-                stream_interval=request.params.stream_interval or self._stream_interval,
-                has_prompt_ids=request.has_prompt_ids,
+                index,
+                decode,
+                request if isinstance(request, PromptRequest) else None,
+                parsed.returns_errors,
             )
-            for index, (request, sample) in enumerate(zip(by_prompt, samples, strict=True))
-        ]
-        self._claim_rids(samples)
+            if isinstance(sample, Refused):
+                nothing = self._nothing(sample.rid, is_streaming)
+                make(nothing).push(SequenceUpdate(nothing.seq_id, [], error=sample.error))
+            else:
+                queued[index] = sample
+                outputs.append((sample, make(sample)))
+        self._claim(queued.values())
         # Made before anything is queued: from here on whatever goes wrong, Ctrl-C too, aborts it.
         call = Call(
             channel,
-            samples,
+            queued,
+            num_outputs=len(samples),
             is_single=parsed.is_single,
             abort=self._abort,
-            release=self._release_rids,
+            release=self._release,
         )
         try:
-            self._worker.submit(list(zip(samples, outputs, strict=True)))
+            self._worker.submit(outputs)
         except BaseException:
             call.close()
             raise
         return call
 
-    def abort(self, rid: str) -> None:
-        """Ends a request by its id; one that is not in flight is ignored."""
+    def abort(self, is_meant: Callable[[str], bool]) -> None:
+        """Ends the requests in flight whose id is meant."""
         with self._rids_lock:
-            requests = list(self._rids.get(rid, ()))
+            # Copies: what the garbage collector drops meanwhile releases its ids.
+            requests = [
+                request
+                for rid, named in list(self._rids.items())
+                if is_meant(rid)
+                for request in list(named.values())
+            ]
         self._abort(requests)
 
-    def _tokenize(self, parsed: ParsedCall) -> list[np.ndarray]:
-        texts = [r.text for r in parsed.requests if r.text is not None]
-        if not texts:
-            return [r.input_ids for r in parsed.requests if r.input_ids is not None]
-        rows = encode(self._tokenizer, texts)
-        for request, row in zip(parsed.requests, rows, strict=True):
+    def _output(
+        self,
+        channel: Channel,
+        index: int,
+        decode: Callable[[int], str] | None,
+        request: PromptRequest | None,
+        returns_errors: bool,
+        sample: SequenceRequest,
+    ) -> SequenceOutput:
+        params = SamplingParams() if request is None else request.params
+        return SequenceOutput(
+            sample,
+            channel,
+            index=index,
+            detokenizer=self._detokenizer(params),
+            has_stop_strings=bool(params.stop or params.stop_regex),
+            decode=decode,
+            weight_versions=self._weight_versions,
+            returns_errors=returns_errors,
+            hidden=None if request is None else _collector(request, sample),
+            stream_interval=params.stream_interval or self._config.stream_interval,
+            has_prompt_ids=request is not None and request.has_prompt_ids,
+        )
+
+    def _nothing(self, rid: str, is_streaming: bool) -> SequenceRequest:
+        """Stands for a request that is refused."""
+        return SequenceRequest(
+            seq_id=next(self._seq_ids),
+            rid=rid,
+            prompt_ids=np.empty(0, np.int32),
+            max_new_tokens=0,
+            is_streaming=is_streaming,
+        )
+
+    def _tokenize(self, parsed: ParsedCall) -> Callable[[PromptRequest], np.ndarray]:
+        """Gives each prompt's ids. Texts are tokenized at once, or each when it is asked for where
+        one that fails is to fail alone."""
+        prompts = [r for r in parsed.requests if isinstance(r, PromptRequest)]
+        texts = [r.text for r in prompts if r.text is not None]
+        rows: dict[str, list[int]] = {}
+        try:
+            rows = dict(zip(texts, encode(self._tokenizer, texts), strict=True)) if texts else {}
+        except Exception:
+            if not parsed.returns_errors:
+                raise
+
+        def ids_of(request: PromptRequest) -> np.ndarray:
+            if request.input_ids is not None:
+                return request.input_ids
+            text = request.text
+            assert text is not None
+            row = rows[text] if text in rows else encode(self._tokenizer, [text])[0]
             if not row:
-                raise RequestError(f"Prompt {request.index} has no tokens: {request.text!r}.")
-        return [np.asarray(row, np.int32) for row in rows]
+                raise RequestError(f"Prompt {request.index} has no tokens: {text!r}.")
+            return np.asarray(row, np.int32)
+
+        return ids_of
 
     def _fitted(self, ids: np.ndarray, request: PromptRequest) -> np.ndarray:
         """The prompt, without its end where that is allowed and leaves room for one token."""
-        most = min(self._context_length, self._max_total_tokens) - 1
-        if not self._allow_auto_truncate or len(ids) <= most or request.embeds is not None:
+        config = self._config
+        assert config.context_length is not None and config.max_total_tokens is not None
+        most = min(config.context_length, config.max_total_tokens) - 1
+        if not config.allow_auto_truncate or len(ids) <= most or request.embeds is not None:
             return ids
         logger.warning("Prompt %d of %d tokens is cut to %d.", request.index, len(ids), most)
         return ids[:most]
@@ -211,6 +280,8 @@ class Submitter:
             hidden_states=request.hidden_states,
             embeds=request.embeds,
             cache_namespace=request.cache_namespace,
+            priority=self._priority(request),
+            timeout_s=request.timeout_s,
         )
         grouped = tuple(
             dataclasses.replace(
@@ -224,6 +295,18 @@ class Submitter:
         )
         return dataclasses.replace(alone, companions=grouped) if grouped else alone
 
+    def _priority(self, request: PromptRequest) -> int:
+        config = self._config
+        if request.priority is None:
+            return config.default_priority_value or 0
+        if config.abort_on_priority_when_disabled and not config.has_priorities:
+            raise RequestError(
+                f"`priority` of prompt {request.index} is {request.priority}, but this engine has "
+                "no priorities; leave it out, or make the engine with "
+                "enable_priority_scheduling=True."
+            )
+        return request.priority
+
     def _seed(self, seed: int | None) -> int:
         if seed is not None:
             return seed
@@ -231,7 +314,8 @@ class Submitter:
 
     def _max_new_tokens(self, request: PromptRequest, prompt_len: int) -> int:
         """The limit after clipping to the context and to the pool, as SGLang clips it."""
-        context, pool = self._context_length, self._max_total_tokens
+        context, pool = self._config.context_length, self._config.max_total_tokens
+        assert context is not None and pool is not None
         asked = request.params.max_new_tokens
         where = f"Prompt {request.index} has {prompt_len:,} tokens"
         if prompt_len >= context:
@@ -259,22 +343,36 @@ class Submitter:
             no_stop_trim=params.no_stop_trim,
         )
 
-    def _claim_rids(self, samples: list[SequenceRequest]) -> None:
+    def _claim(self, samples: Collection[SequenceRequest]) -> None:
+        """Takes the ids and the room of samples, or of none of them."""
+        config = self._config
         with self._rids_lock:
             for sample in samples:
                 if sample.rid in self._rids:
                     raise RequestError(
                         f"`rid` {sample.rid!r} is already in flight; choose another."
                     )
+            if config.max_queued_requests is not None:
+                assert config.max_running_requests is not None
+                limit = config.max_running_requests + config.max_queued_requests
+                if self._num_in_flight + len(samples) > limit:
+                    raise QueueFullError(
+                        f"{len(samples):,} more samples do not fit: {self._num_in_flight:,} are in "
+                        f"flight, and `max_queued_requests` lets {limit:,} be, those that run "
+                        "included. Wait for some to end, send fewer at once, or raise it."
+                    )
             for sample in samples:
-                self._rids.setdefault(sample.rid, []).append(sample)
+                self._rids.setdefault(sample.rid, {})[sample.seq_id] = sample
+            self._num_in_flight += len(samples)
 
-    def _release_rids(self, samples: list[SequenceRequest]) -> None:
+    def _release(self, samples: list[SequenceRequest]) -> None:
         with self._rids_lock:
             for sample in samples:
-                # By then the id may be another call's.
-                if sample in self._rids.get(sample.rid, ()):
+                named = self._rids[sample.rid]
+                del named[sample.seq_id]
+                if not named:
                     del self._rids[sample.rid]
+            self._num_in_flight -= len(samples)
 
     def _abort(self, requests: list[SequenceRequest]) -> None:
         for request in requests:

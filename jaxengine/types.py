@@ -67,12 +67,19 @@ class StopReason(NamedTuple):
       matched: Token id or stop string, for "stop".
       length: Effective `max_new_tokens`, for "length".
       message: For "abort".
+      err_type: For an "abort" that stands for an error: the error's class.
     """
 
     type: Literal["stop", "length", "abort"]
     matched: int | str | None = None
     length: int | None = None
     message: str | None = None
+    err_type: str | None = None
+
+    @classmethod
+    def of_error(cls, error: Exception) -> "StopReason":
+        """What ended a request whose caller wants errors among its outputs."""
+        return cls("abort", message=str(error), err_type=type(error).__name__)
 
     def to_dict(self) -> dict[str, Any]:
         """SGLang's `finish_reason` dict."""
@@ -83,7 +90,8 @@ class StopReason(NamedTuple):
                 return {"type": "length", "length": self.length}
             case "abort":
                 message = self.message or "Aborted"
-                return {"type": "abort", "message": message, "status_code": None, "err_type": None}
+                more = {"status_code": None, "err_type": self.err_type}
+                return {"type": "abort", "message": message, **more}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -52,9 +52,9 @@ class WeightSources:
         """Puts a copy on the host back on the device."""
         return weights.check_params(params, self._target)
 
-    def named(self, name: str, params: Params) -> jax.Array | None:
-        """The array a checkpoint calls by this name."""
-        return weights.named(name, self._parts, params)
+    def named(self, name: str, params: Params | None) -> jax.Array | None:
+        """The array a checkpoint calls by this name; None where there is none."""
+        return None if params is None else weights.named(name, self._parts, params)
 
     def _load(self, path: str) -> Params:
         config = dataclasses.replace(self._config, model_path=path, load_format="auto")

@@ -37,12 +37,13 @@ class Worker:
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._updates: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._outputs: dict[int, Output] = {}
+        self._calls: set[Future] = set()
         # Calls that are not due yet, and what must not overtake them.
         self._waiting: deque[tuple[Callable[[], bool], Command]] = deque()
         self._held: list[Command] = []
         self._is_stopping = False
         self.is_dead = False
-        # Held while `is_dead` changes, and while outputs are registered before that.
+        # Held while `is_dead` changes, and while outputs and calls are registered before that.
         self._ending = threading.Lock()
         self._threads = [
             threading.Thread(target=self._run_engine, name="jaxengine-engine", daemon=True),
@@ -78,6 +79,8 @@ class Worker:
         def finish() -> None:
             if self._core.finish(update.seq_id):
                 self._updates.put([update])
+            elif self._held:
+                self._held.append(finish)  # it may be among those that wait to be added
 
         self._inbox.put(finish)
 
@@ -88,9 +91,12 @@ class Worker:
           function: What to run.
           is_due: Asked after every step whether it may run now; sequences that are submitted
             meanwhile wait for it.
+
+        Raises:
+          EngineDeadError: After `stop`; one that was not run before it gets it from the future.
         """
-        self._check_alive()
         future: Future = Future()
+        future.add_done_callback(self._calls.discard)
 
         def run() -> None:
             try:
@@ -98,8 +104,15 @@ class Worker:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._inbox.put(run if is_due is None else lambda: self._waiting.append((is_due, run)))
+        with self._ending:
+            self._check_alive()
+            self._calls.add(future)
+            self._inbox.put(run if is_due is None else lambda: self._waiting.append((is_due, run)))
         return future
+
+    def pause(self, *, keeps_pages: bool) -> None:
+        """Waits until nothing is under way; see `EngineCore.pause`."""
+        self.call(lambda: self._updates.put(self._core.pause(keeps_pages=keeps_pages))).result()
 
     def close(self) -> None:
         """Takes no more requests, and lets no more steps begin."""
@@ -133,6 +146,8 @@ class Worker:
             self.is_dead = True
             message = f"The engine stopped: {cause or 'it was shut down'}."
             self._updates.put(EngineDeadError(message))
+            for call in list(self._calls):
+                call.set_exception(EngineDeadError(message))
         # A step that ended after the interpreter did would abort the process.
         self._core.drain()
         self._on_stop()
@@ -142,7 +157,9 @@ class Worker:
         while True:
             self._run_due()
             with contextlib.suppress(queue.Empty):
-                command = self._inbox.get(block=not self._core.has_work)
+                is_idle = not self._core.has_work
+                # Deadlines pass while the engine is paused, too.
+                command = self._inbox.get(is_idle, self._core.seconds_to_deadline)
                 if command is None or self._is_stopping:
                     return False
                 command()

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax
 
-Implementation = Literal["reference", "triton", "triton_interpret"]
+Implementation = Literal["reference", "triton", "jax_triton", "triton_interpret"]
 
 _log = logging.getLogger("pallas_kernels")
 
@@ -16,7 +16,7 @@ def call(
     op: str,
     implementations: Mapping[str, Callable[..., Any]],
     implementation: str | None,
-    *args: jax.Array,
+    *args: jax.Array | None,
     **kwargs: Any,
 ) -> Any:
     """Calls one of `implementations`.

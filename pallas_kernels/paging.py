@@ -40,6 +40,31 @@ def check_query_and_cache(q: jax.Array, kv_pages: jax.Array, scale: float) -> No
         raise ValueError(f"`scale` must be above 0. Got {scale}. Usual is head_dim ** -0.5.")
 
 
+def check_new_tokens(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    kv_pages: jax.Array,
+) -> None:
+    """Raises ValueError where keys, values or angles do not belong to the queries."""
+    num_rows, _, head_dim = q.shape
+    wanted = (num_rows, kv_pages.shape[2], head_dim)
+    for name, array in (("k", k), ("v", v)):
+        if array.shape != wanted or array.dtype != q.dtype:
+            raise ValueError(
+                f"`{name}` must be {q.dtype} of the shape {wanted}. Got {array.dtype} of "
+                f"{array.shape}."
+            )
+    for name, array in (("cos", cos), ("sin", sin)):
+        if array.shape != (num_rows, head_dim // 2) or array.dtype != jnp.float32:
+            raise ValueError(
+                f"`{name}` must be float32 of the shape {(num_rows, head_dim // 2)}, an angle per "
+                f"pair of dimensions. Got {array.dtype} of {array.shape}."
+            )
+
+
 def check_int32(name: str, array: jax.Array, shape: tuple[int | None, ...]) -> None:
     """Raises ValueError unless `array` is int32 of `shape`; a None in it allows any size."""
     fits = array.ndim == len(shape) and all(

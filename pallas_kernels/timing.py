@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 Call = tuple[jax.Array, ...]
+Carry = Any
+"""Arrays."""
 
 
 class Timing[Config](NamedTuple):
@@ -33,9 +35,9 @@ class Timing[Config](NamedTuple):
 
 
 def time_configs[Config](
-    op: Callable[..., jax.Array],
+    op: Callable[..., Carry],
     configs: Sequence[Config],
-    q: jax.Array,
+    carry: Carry,
     shared: Call,
     calls: Sequence[Call],
     num_rounds: int,
@@ -44,18 +46,19 @@ def time_configs[Config](
     """Compiles all choices in parallel and times one after another.
 
     Args:
-      op: `op(q, *shared, *call, config=config)` returns an array like `q`.
+      op: `op(carry, *shared, *call, config=config)` returns arrays like `carry`: what one call
+        makes and the next one takes.
       configs: The tile choices.
-      q: What the first call gets.
+      carry: What the first call gets.
       shared: Arguments of all calls.
       calls: Arguments of one call each; let them touch more memory than the caches hold.
       num_rounds: How often `calls` are repeated in one run.
-      want: What `op` has to return for the first call.
+      want: What `op` has to return first for the first call.
     """
 
     def compiled(config: Config) -> Any:
         try:
-            return _compile_chain(op, config, q, shared, calls, num_rounds)
+            return _compile_chain(op, config, carry, shared, calls, num_rounds)
         except jax.errors.JaxRuntimeError as error:
             return str(error)
 
@@ -64,8 +67,8 @@ def time_configs[Config](
             if isinstance(run, str):
                 yield Timing(config, float("inf"), float("nan"), run)
                 continue
-            got = op(q, *shared, *calls[0], config=config)
-            seconds = _median_seconds(lambda run=run: run(q, shared, calls))
+            got = jax.tree.leaves(op(carry, *shared, *calls[0], config=config))[0]
+            seconds = _median_seconds(lambda run=run: run(carry, shared, calls))
             yield Timing(config, seconds / (num_rounds * len(calls)), max_error(got, want))
 
 
@@ -76,30 +79,30 @@ def max_error(got: jax.Array, want: jax.Array) -> float:
 
 
 def _compile_chain(
-    op: Callable[..., jax.Array],
+    op: Callable[..., Carry],
     config: Any,
-    q: jax.Array,
+    carry: Carry,
     shared: Call,
     calls: Sequence[Call],
     num_rounds: int,
 ) -> jax.stages.Compiled:
-    def chain(q: jax.Array, shared: Call, calls: Sequence[Call]) -> jax.Array:
-        def one_round(_: Any, q: jax.Array) -> jax.Array:
+    def chain(carry: Carry, shared: Call, calls: Sequence[Call]) -> Carry:
+        def one_round(_: Any, carry: Carry) -> Carry:
             for call in calls:
-                q = op(q, *shared, *call, config=config)
-            return q
+                carry = op(carry, *shared, *call, config=config)
+            return carry
 
-        return jax.lax.fori_loop(0, num_rounds, one_round, q)
+        return jax.lax.fori_loop(0, num_rounds, one_round, carry)
 
-    return jax.jit(chain).lower(q, shared, calls).compile()
+    return jax.jit(chain).lower(carry, shared, calls).compile()
 
 
-def _median_seconds(run: Callable[[], jax.Array], repeats: int = 5) -> float:
+def _median_seconds(run: Callable[[], Carry], repeats: int = 5) -> float:
     for _ in range(2):  # the command buffer is recorded after the first run
-        run().block_until_ready()
+        jax.block_until_ready(run())
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        run().block_until_ready()
+        jax.block_until_ready(run())
         times.append(time.perf_counter() - start)
     return statistics.median(times)

@@ -37,3 +37,15 @@ def exp2_scaled(x: jax.Array, shift: jax.Array, *, scale: float, interpret: bool
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
     )
     return out
+
+
+def order_of_float(x: jax.Array) -> jax.Array:
+    """Returns integers in the order of float32s; positive NaN is the largest."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+
+def float_of_order(order: jax.Array) -> jax.Array:
+    """Returns the floats that `order_of_float` made integers of."""
+    bits = jnp.where(order < 0, order ^ jnp.int32(0x7FFFFFFF), order)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from jaxengine import Engine
-from jaxengine.compat import ENGINE_ARGUMENTS, GENERATE_ARGUMENTS, SAMPLING_PARAMETERS, Name
+from jaxengine.compat import (
+    ENGINE_ARGUMENTS,
+    GENERATE_ARGUMENTS,
+    METHODS,
+    SAMPLING_PARAMETERS,
+    Name,
+)
 from jaxengine.config import EngineConfig
 from jaxengine.errors import ConfigError, RequestError
 from jaxengine.params import SamplingParams, parse_sampling_params
@@ -49,7 +55,7 @@ def test_the_arguments_of_a_run_of_sglang_move_over():
 
 
 def test_every_ignored_and_refused_name_says_why():
-    for table in (ENGINE_ARGUMENTS, GENERATE_ARGUMENTS, SAMPLING_PARAMETERS):
+    for table in (ENGINE_ARGUMENTS, GENERATE_ARGUMENTS, SAMPLING_PARAMETERS, METHODS):
         for name, known in table.items():
             assert bool(known.why) == (known.fate in ("ignored", "refused")), name
             assert bool(known.target) == (known.fate == "mapped"), name
@@ -185,6 +191,28 @@ def test_refused_sampling_parameters(name: str):
 def test_sampling_parameters_beside_sglangs_are_ours():
     ours = {f.name for f in dataclasses.fields(SamplingParams)} - SAMPLING_PARAMETERS.keys()
     assert ours == {"custom", "seed", "seed_mode"}
+
+
+def test_honoured_methods_are_there():
+    assert [name for name in with_fate(METHODS, "honoured") if name not in dir(Engine)] == []
+
+
+def test_mapped_methods_are_ours():
+    engine = object.__new__(Engine)
+    vars(engine).update({METHODS[name].target: name for name in with_fate(METHODS, "mapped")})
+    for name in with_fate(METHODS, "mapped"):
+        assert name not in dir(Engine)
+        assert getattr(engine, name) == name
+
+
+def test_refused_methods_say_why():
+    engine = object.__new__(Engine)
+    for name in with_fate(METHODS, "refused"):
+        with pytest.raises(AttributeError, match=f"`Engine.{name}` is not supported: ") as caught:
+            getattr(engine, name)
+        assert METHODS[name].why in str(caught.value)
+    with pytest.raises(AttributeError, match="no attribute `genrate`; did you mean `generate`"):
+        engine.genrate()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize(

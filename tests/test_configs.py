@@ -71,6 +71,12 @@ def test_what_does_not_fit_says_by_how_much():
     assert limits.max_total_tokens > 4096
 
 
+def test_context_beyond_the_models_is_refused():
+    [path] = [p for p in PRESETS if p.stem == "qwen2.5-0.5b"]
+    with pytest.raises(ConfigError, match="`context_length` 40,000 exceeds the model's 32,768"):
+        settle_on(24, path, context_length=40_000)
+
+
 def test_pool_that_does_not_fit_says_by_how_much():
     [path] = [p for p in PRESETS if p.stem == "qwen2.5-0.5b"]
     assert settle_on(24, path, max_total_tokens=1_000_000)[0].max_total_tokens == 1_000_000

@@ -20,7 +20,8 @@ ALLOWED = {
     "compat": set(),
     "config": {"compat", "errors", "log", "types"},
     "utils": BASE,
-    "gguf_file": BASE,
+    "gguf_header": BASE,
+    "gguf_file": BASE | {"gguf_header"},
     "pallas_kernels": set(),
     "scheduler": BASE,
     "text": BASE | {"gguf_file"},
@@ -42,7 +43,8 @@ ALLOWED = {
     "build": BASE
     | {"core", "gguf_file", "locate", "models", "nn", "runtime", "sampling", "scheduler"},
     "defaults": BASE | {"locate"},
-    "requests": BASE,
+    "arguments": BASE,
+    "requests": BASE | {"arguments"},
     "call": BASE | {"channel"},
     "channel": BASE,
     "display": set(),
@@ -97,6 +99,7 @@ ALLOWED = {
     "__init__": BASE | {"display", "engine", "sampling", "utils"},
 }
 HOST_ONLY = BASE | {
+    "arguments",
     "call",
     "gguf_file",
     "channel",

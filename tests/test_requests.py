@@ -1,5 +1,6 @@
 """The arguments of `generate`: shapes, and every way to get them wrong."""
 
+import inspect
 import re
 
 import numpy as np
@@ -7,27 +8,33 @@ import pytest
 
 from jaxengine.errors import RequestError
 from jaxengine.params import SamplingParams
-from jaxengine.requests import ParsedCall, parse_call
+from jaxengine.requests import ParsedCall, PromptRequest, Refused, parse_call
 from jaxengine.types import Param
 
+NAMED = inspect.signature(parse_call).parameters
 SPECS = {"temperature": Param("float32", 1.0)}
 
 
 def call(prompt=None, sampling_params=None, input_ids=None, **others) -> ParsedCall:
-    named = {name: others.pop(name) for name in ("return_logprob", "rid") if name in others}
-    tokenizer = others.pop("tokenizer", object())
+    named = {name: others.pop(name) for name in NAMED if name in others}
     return parse_call(
         prompt,
         sampling_params,
         input_ids,
-        **named,
+        **{"tokenizer": object(), **named},
         others=others,
         specs=SPECS,
         vocab_size=10,
         hidden_size=4,
         max_top_logprobs=5,
-        tokenizer=tokenizer,
     )
+
+
+def prompts_of(*args, **arguments) -> list[PromptRequest]:
+    requests = call(*args, **arguments).requests
+    prompts = [request for request in requests if isinstance(request, PromptRequest)]
+    assert len(prompts) == len(requests)
+    return prompts
 
 
 def test_a_bare_prompt_is_single_and_a_list_of_one_is_not():
@@ -48,7 +55,7 @@ def test_a_bare_prompt_is_single_and_a_list_of_one_is_not():
     ],
 )
 def test_ids_may_be_lists_and_arrays(input_ids):
-    requests = call(input_ids=input_ids).requests
+    requests = prompts_of(input_ids=input_ids)
     assert [r.input_ids.tolist() for r in requests if r.input_ids is not None] == [[1, 2], [3, 4]]
     assert all(r.input_ids is not None and r.input_ids.dtype == np.int32 for r in requests)
     assert [r.text for r in requests] == [None, None]
@@ -59,24 +66,24 @@ def test_one_dimensional_array_is_one_prompt():
 
 
 def test_sampling_params_spread_over_a_list_or_go_one_to_one():
-    requests = call(["a", "b"], {"temperature": 0}).requests
+    requests = prompts_of(["a", "b"], {"temperature": 0})
     assert [r.values["temperature"] for r in requests] == [0.0, 0.0]
-    requests = call(["a", "b"], [{"temperature": 0}, None]).requests
+    requests = prompts_of(["a", "b"], [{"temperature": 0}, None])
     assert [r.values["temperature"] for r in requests] == [0.0, 1.0]
-    assert call("a", SamplingParams(seed=3)).requests[0].params.seed == 3
+    assert prompts_of("a", SamplingParams(seed=3))[0].params.seed == 3
 
 
 def test_rids_are_given_or_fresh():
-    fresh = [r.rid for r in call(["a", "b"]).requests]
+    fresh = [r.rid for r in prompts_of(["a", "b"])]
     assert len(set(fresh)) == 2 and all(len(rid) == 32 for rid in fresh)
-    assert call("a", rid="x").requests[0].rid == "x"
-    assert [r.rid for r in call(["a", "b"], rid="x").requests] == ["x_0", "x_1"]
-    assert [r.rid for r in call(["a", "b"], rid=["p", "q"]).requests] == ["p", "q"]
+    assert prompts_of("a", rid="x")[0].rid == "x"
+    assert [r.rid for r in prompts_of(["a", "b"], rid="x")] == ["x_0", "x_1"]
+    assert [r.rid for r in prompts_of(["a", "b"], rid=["p", "q"])] == ["p", "q"]
 
 
 def test_logprob_flags_spread():
-    assert [r.return_logprob for r in call(["a", "b"], return_logprob=True).requests] == [True] * 2
-    flags = [r.return_logprob for r in call(["a", "b"], return_logprob=[True, False]).requests]
+    assert [r.return_logprob for r in prompts_of(["a", "b"], return_logprob=True)] == [True] * 2
+    flags = [r.return_logprob for r in prompts_of(["a", "b"], return_logprob=[True, False])]
     assert flags == [True, False]
 
 
@@ -122,6 +129,20 @@ BAD_CALLS = [
         "`return_logprob` has 2 entries for 1 prompts",
     ),
     ({"prompt": "a", "lora_path": "x"}, "`lora_path` is not supported: LoRA"),
+    ({"prompt": "a", "logprob_start_len": -2}, "`logprob_start_len` must be an integer in [-1,"),
+    (
+        {"prompt": "a", "top_logprobs_num": 6},
+        "`top_logprobs_num` must be an integer in [0, 5], got 6",
+    ),
+    ({"prompt": "a", "token_ids_logprob": [10]}, "`token_ids_logprob` must be in the vocabulary"),
+    ({"prompt": ["a", "b"], "priority": [1]}, "`priority` has 1 entries for 2 prompts"),
+    ({"prompt": ["a", "b"], "priority": [1, 0.5]}, "`priority` of prompt 1 must be an integer"),
+    ({"prompt": "a", "cache_salt": 5}, "`cache_salt` must be a string, got 5"),
+    ({"prompt": ["a"], "extra_key": [b"x"]}, "`extra_key` of prompt 0 must be a string"),
+    ({"prompt": "a", "timeout_s": 0}, "`timeout_s` must be a positive number of seconds, got 0"),
+    ({"prompt": "a", "timeout_s": float("nan")}, "`timeout_s` must be a positive number"),
+    ({"prompt": "a", "timeout_s": "5"}, "`timeout_s` must be a positive number"),
+    ({"prompt": "a", "on_error": "ignore"}, "`on_error` must be one of raise, return, got"),
     ({"prompt": "a", "image_data": np.ones(3)}, "`image_data` is not supported"),
 ]
 
@@ -133,13 +154,13 @@ def test_bad_calls_are_named(arguments, message: str):
 
 
 def test_defaults_of_unsupported_arguments_are_accepted():
-    assert call(
+    assert prompts_of(
         ["a", "b"],
         image_data=None,
         lora_path=[None, None],
         session_params=None,
         priority=None,
-    ).requests
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,3 +176,32 @@ def test_defaults_of_unsupported_arguments_are_accepted():
 def test_unknown_arguments_are_type_errors(name: str, message: str):
     with pytest.raises(TypeError, match=re.escape(message)):
         call("a", **{name: 1})
+
+
+def test_prompts_are_refused_alone_where_errors_are_outputs():
+    parsed = call(["a", "", "b", 5], on_error="return", rid="x", priority=[1, 2, None, 4])
+    assert parsed.returns_errors and parsed.n == 1
+    first, empty, third, number = parsed.requests
+    assert isinstance(first, PromptRequest) and isinstance(third, PromptRequest)
+    assert (first.priority, third.priority) == (1, None)
+    assert isinstance(empty, Refused) and empty.rid == "x_1"
+    assert "Prompt 1 is empty" in str(empty.error)
+    assert isinstance(number, Refused) and "Prompt 3 must be a string" in str(number.error)
+
+
+def test_what_is_wrong_with_the_call_is_raised_also_where_errors_are_outputs():
+    with pytest.raises(RequestError, match="2 entries for 1 prompts"):
+        call(["a"], timeout_s=[1, 2], on_error="return")
+    with pytest.raises(RequestError, match="`n` must be"):
+        call(["a"], {"n": 0}, on_error="return")
+    with pytest.raises(TypeError):
+        call(["a"], [{"nonsense": 1}], on_error="return")
+
+
+def test_namespace_is_salt_and_key_together():
+    def namespaces(**arguments) -> list:
+        return [r.cache_namespace for r in prompts_of(["a", "b"], **arguments)]
+
+    assert namespaces() == namespaces(cache_salt="") == [None, None]
+    assert namespaces(cache_salt="x") == [("x", None)] * 2
+    assert namespaces(cache_salt=["x", None], extra_key="k") == [("x", "k"), (None, "k")]

@@ -17,7 +17,7 @@ from jaxengine.config import ModelConfig
 from jaxengine.models.family import WeightPart, run_layer
 from jaxengine.nn.attention import AttentionMetadata, ForwardContext, KVPages
 from jaxengine.nn.layers import Embedding, Linear, RMSNorm, project_to_vocab
-from jaxengine.nn.rope import Rotation, rotate, rotation
+from jaxengine.nn.rope import Rotation, rotation
 
 
 class Attention(nnx.Module):
@@ -56,18 +56,19 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "T D"],
+        norm: RMSNorm,
         angles: Rotation,
         kv_pages: KVPages | None,
         meta: AttentionMetadata | None,
         ctx: ForwardContext,
     ) -> tuple[Float[Array, "T D"], KVPages | None]:
-        qkv_TNH = self.qkv(x, ctx).reshape(x.shape[0], -1, self.head_dim)
+        """x + attention(norm(x))."""
+        qkv_TNH = self.qkv(x, ctx, norm=norm).reshape(x.shape[0], -1, self.head_dim)
         q, k, v = jnp.split(qkv_TNH, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, angles), rotate(k, angles)
-        out, kv_pages = ctx.attend(q, k, v, kv_pages, meta, ctx)
-        return self.out(out.reshape(x.shape[0], -1), ctx), kv_pages
+        out, kv_pages = ctx.attend(q, k, v, angles, kv_pages, meta, ctx)
+        return self.out(out.reshape(x.shape[0], -1), ctx, residual=x), kv_pages
 
 
 class MLP(nnx.Module):
@@ -83,9 +84,11 @@ class MLP(nnx.Module):
             config.intermediate_size, narrow, axes=("embed", "ffn"), dtype=dtype, rngs=rngs
         )
 
-    def __call__(self, x: Float[Array, "T D"], ctx: ForwardContext) -> Float[Array, "T D"]:
-        gate, up = jnp.split(self.gate_up(x, ctx), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up, ctx)
+    def __call__(
+        self, x: Float[Array, "T D"], norm: RMSNorm, ctx: ForwardContext
+    ) -> Float[Array, "T D"]:
+        """x + down(silu(gate(norm(x))) * up(norm(x)))."""
+        return self.down(self.gate_up(x, ctx, norm=norm, glu=jax.nn.silu), ctx, residual=x)
 
 
 class DecoderLayer(nnx.Module):
@@ -106,10 +109,9 @@ class DecoderLayer(nnx.Module):
         ctx: ForwardContext,
     ) -> tuple[Float[Array, "T D"], KVPages | None]:
         with jax.named_scope("attn"):
-            attended, kv_pages = self.attn(self.attn_norm(x), angles, kv_pages, meta, ctx)
-            x = x + attended
+            x, kv_pages = self.attn(x, self.attn_norm, angles, kv_pages, meta, ctx)
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.mlp_norm(x), ctx), kv_pages
+            return self.mlp(x, self.mlp_norm, ctx), kv_pages
 
 
 class Decoder(nnx.Module):

@@ -1,7 +1,9 @@
 """Attention over the paged KV cache, and what a forward pass needs beside its inputs."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 from jaxtyping import Array, Float, Int
 
+from jaxengine.nn.rope import Rotation, rotate
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
 from pallas_kernels.ragged_prefill_attention.api import ragged_prefill_attention
@@ -23,16 +26,17 @@ class AttentionMetadata:
       page_table: Page ids of every row, unused entries 0 (the null page).
       q_starts: Row r owns the packed tokens q_starts[r]:q_starts[r + 1].
       kv_lens: Tokens of every row after this call's are written; 0 for a dead row.
-      write_pages: Page of every packed token; the null page for padding.
-      write_offsets: Place of every packed token inside its page.
+      write_pages: Page of every packed token; the null page for padding. None in a decode step,
+        where a row's length says it.
+      write_offsets: Place of every packed token inside its page; likewise.
       is_decode: Every row has exactly one token (static).
     """
 
     page_table: Int[Array, "R P"]
     q_starts: Int[Array, " R_plus_1"]
     kv_lens: Int[Array, " R"]
-    write_pages: Int[Array, " T"]
-    write_offsets: Int[Array, " T"]
+    write_pages: Int[Array, " T"] | None = None
+    write_offsets: Int[Array, " T"] | None = None
     is_decode: bool = field(metadata={"static": True})
 
 
@@ -44,37 +48,39 @@ def paged_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
+    angles: Rotation,
     kv_pages: KVPages,
     meta: AttentionMetadata,
     ctx: "ForwardContext",
 ) -> tuple[Float[Array, "T N H"], KVPages]:
-    """Writes this call's keys and values into their pages, then attends causally over the rows."""
+    """Rotates queries and keys, writes keys and values into their pages, attends causally."""
+    scale = q.shape[-1] ** -0.5
+    heads, pages = Spec(None, "tensor", None), Spec(None, None, "tensor")
+    if meta.is_decode:
+        step = functools.partial(paged_decode_attention, scale=scale, implementation=ctx.kernels)
+        in_specs = (heads, heads, heads, Spec(), Spec(), pages, Spec(), Spec())
+        return _per_shard(step, ctx, in_specs, (heads, pages))(
+            q, k, v, *angles, kv_pages, meta.page_table, meta.kv_lens
+        )
+    q, k = rotate(q, angles), rotate(k, angles)
     with jax.named_scope("write_kv"):
         kv = jnp.stack([k, v], axis=1).astype(kv_pages.dtype)
         kv_pages = kv_pages.at[meta.write_pages, :, :, meta.write_offsets].set(kv)
-    scale = q.shape[-1] ** -0.5
-
-    def kernel(
-        q: Array, kv_pages: Array, page_table: Array, q_starts: Array, kv_lens: Array
-    ) -> Array:
-        if meta.is_decode:
-            return paged_decode_attention(
-                q, kv_pages, page_table, kv_lens, scale=scale, implementation=ctx.kernels
-            )
-        return ragged_prefill_attention(
-            q, kv_pages, page_table, q_starts, kv_lens, scale=scale, implementation=ctx.kernels
-        )
-
-    heads = Spec(None, "tensor", None)
-    per_shard = jax.shard_map(
-        kernel,
-        mesh=ctx.mesh,
-        in_specs=(heads, Spec(None, None, "tensor"), Spec(), Spec(), Spec()),
-        out_specs=heads,
-        check_vma=False,
+    attend = functools.partial(ragged_prefill_attention, scale=scale, implementation=ctx.kernels)
+    in_specs = (heads, pages, Spec(), Spec(), Spec())
+    out = _per_shard(attend, ctx, in_specs, heads)(
+        q, kv_pages, meta.page_table, meta.q_starts, meta.kv_lens
     )
-    out = per_shard(q, kv_pages, meta.page_table, meta.q_starts, meta.kv_lens)
     return out, kv_pages
+
+
+def _per_shard(
+    kernel: Callable[..., Any], ctx: "ForwardContext", in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """A kernel sees the heads of its own device alone."""
+    return jax.shard_map(
+        kernel, mesh=ctx.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
 
 
 def dense_attention(num_rows: int) -> Attend:
@@ -87,11 +93,13 @@ def dense_attention(num_rows: int) -> Attend:
         q: Float[Array, "T N H"],
         k: Float[Array, "T K H"],
         v: Float[Array, "T K H"],
+        angles: Rotation,
         kv_pages: None,
         meta: None,
         ctx: "ForwardContext",
     ) -> tuple[Float[Array, "T N H"], None]:
-        q_BSNH, k_BSKH, v_BSKH = (x.reshape(num_rows, -1, *x.shape[1:]) for x in (q, k, v))
+        packed = (rotate(q, angles), rotate(k, angles), v)
+        q_BSNH, k_BSKH, v_BSKH = (x.reshape(num_rows, -1, *x.shape[1:]) for x in packed)
         out = jax.nn.dot_product_attention(q_BSNH, k_BSKH, v_BSKH, is_causal=True)
         return out.reshape(q.shape), kv_pages
 
@@ -105,8 +113,8 @@ class ForwardContext:
     Attributes:
       mesh: The devices; one is enough, but it is always there.
       kernels: Implementation asked of `pallas_kernels`; None is the best of the backend.
-      attend: `attend(q, k, v, kv_pages, meta, ctx) -> (out, kv_pages)`; training swaps in a
-        dense one.
+      attend: `attend(q, k, v, angles, kv_pages, meta, ctx) -> (out, kv_pages)`, with queries and
+        keys not yet rotated; training swaps in a dense one.
       see: `see(i, x)` is shown the residual stream [T, D] while it is traced: i = 0 is what goes
         into the first layer, i = 1 what comes out of it, and so on.
     """

@@ -1,49 +1,54 @@
 """Norms and weight products. Knows nothing of any model family."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxengine.nn.attention import ForwardContext
+from pallas_kernels.fused_linear.api import fused_linear, is_faster
+from pallas_kernels.fused_linear.reference import rms_norm
 
 
 def linear(
     x: Float[Array, "T I"],
-    weight: Float[Array, "O I"],
+    weight: Float[Array, "W I"],
     ctx: ForwardContext,
-    bias: Float[Array, " O"] | None = None,
+    *,
+    norm: "RMSNorm | None" = None,
+    bias: Float[Array, " W"] | None = None,
+    glu: Callable[[Array], Array] | None = None,
+    residual: Float[Array, "T O"] | None = None,
 ) -> Float[Array, "T O"]:
-    """The only entry to a weight product: x · Wᵀ + b, accumulated in float32.
+    """The only entry to a weight product: x · Wᵀ, accumulated in float32, and its neighbours.
+
+    A neighbour is given here rather than applied outside so that one kernel can do both where
+    that pays: residual + glu(gate) * up, where [gate, up] = norm(x) · Wᵀ + bias.
 
     Args:
       x: Activations.
-      weight: Hugging Face orientation, [out, in].
-      ctx: Decides the precision of the product.
-      bias: Added in float32 before the result is rounded to `x.dtype`.
+      weight: Hugging Face orientation, [out, in]; with `glu` the gate's rows first.
+      ctx: Decides which kernel it is.
+      norm: Applied to `x`.
+      bias: Added in float32.
+      glu: Activation of the gate of a gated linear unit.
+      residual: Added last.
     """
-    out = jax.lax.dot_general(
+    # A weight that is split over devices is left to XLA, which knows how to add up the parts.
+    is_whole = ctx.mesh is None or ctx.mesh.size == 1
+    use_kernel = is_whole and is_faster(x, weight, is_gated=glu is not None)
+    return fused_linear(
         x,
         weight,
-        (((1,), (1,)), ((), ())),
-        precision=ctx.precision(x.dtype),
-        preferred_element_type=jnp.float32,
+        norm_weight=None if norm is None else norm.weight[...],
+        eps=0.0 if norm is None else norm.eps,
+        bias=bias,
+        glu=glu,
+        residual=residual,
+        implementation=ctx.kernels if use_kernel else "reference",
     )
-    if bias is not None:
-        out = out + bias.astype(jnp.float32)
-    return out.astype(x.dtype)
-
-
-def rms_norm(
-    x: Float[Array, "*T D"], weight: Float[Array, " D"], eps: float
-) -> Float[Array, "*T D"]:
-    """Root mean square norm of the last axis, computed in float32.
-
-    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
-    """
-    x_f32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + eps)
-    return (weight.astype(jnp.float32) * (x_f32 * scale)).astype(x.dtype)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
@@ -68,8 +73,17 @@ class Linear(nnx.Module):
             nnx.Param(jnp.zeros((out_features,), dtype), axes=axes[:1]) if use_bias else None
         )
 
-    def __call__(self, x: Float[Array, "T I"], ctx: ForwardContext) -> Float[Array, "T O"]:
-        return linear(x, self.weight[...], ctx, None if self.bias is None else self.bias[...])
+    def __call__(
+        self,
+        x: Float[Array, "T I"],
+        ctx: ForwardContext,
+        *,
+        norm: "RMSNorm | None" = None,
+        glu: Callable[[Array], Array] | None = None,
+        residual: Float[Array, "T O"] | None = None,
+    ) -> Float[Array, "T O"]:
+        bias = None if self.bias is None else self.bias[...]
+        return linear(x, self.weight[...], ctx, norm=norm, bias=bias, glu=glu, residual=residual)
 
 
 class RMSNorm(nnx.Module):

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxengine.config import RopeScaling
+from pallas_kernels import rotary
 
 
 class Rotation(NamedTuple):
@@ -86,7 +87,4 @@ def _yarn_kept(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
 
 def rotate(x: Float[Array, "T N H"], angles: Rotation) -> Float[Array, "T N H"]:
     """Rotates the pairs (i, i + H/2) of every head."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = angles.cos[:, None, :], angles.sin[:, None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    return rotary.rotate(x, *angles)

@@ -282,6 +282,8 @@ class SamplerSteps:
         logits: Float[Array, "B V"],
         hidden: Float[Array, "B D"],
         packed: Int[Array, " size"],
+        *,
+        has_lists: bool,
     ) -> tuple[Int[Array, "S W"], Seats, Results]:
         """The split form: draws for the sampler's rows of a forward step.
 
@@ -293,6 +295,7 @@ class SamplerSteps:
           logits: Of the forward step.
           hidden: Of the forward step.
           packed: `batch.pack_draw`.
+          has_lists: Rows may want the most likely tokens, or given ids; much of what is to compile.
 
         Returns:
           What was donated, and the results of one step; rows of other samplers have none.
@@ -304,7 +307,15 @@ class SamplerSteps:
         group = self._group(rows, seats.table, plan["leaders"])
         before = gather(seats.state, rows.slot_ids)
         drawn, after, end = self._draw(
-            group, cursor, logits, hidden, token_counts, before, arrays, begins=True
+            group,
+            cursor,
+            logits,
+            hidden,
+            token_counts,
+            before,
+            arrays,
+            begins=True,
+            has_lists=has_lists,
         )
         drawing = jnp.where(cursor.is_done, batch.DROPPED, rows.slot_ids)
         slots = self.forward.layout.write(slots, drawing, end._asdict())
@@ -328,6 +339,7 @@ class SamplerSteps:
         *,
         begins: bool,
         feeds_last: bool = True,
+        has_lists: bool = True,
     ) -> tuple[Sample, SamplerState, Cursor]:
         """One token for every row that is not done, and where the rows stand then.
 
@@ -347,7 +359,7 @@ class SamplerSteps:
                 state = select_rows(is_first, init_state(self.sampler, ctx), state)
             wants = Wants(
                 token=forward.column(rows, "wants_logprobs").astype(bool),
-                lists=forward.column(rows, "wants_lists").astype(bool),
+                lists=forward.column(rows, "wants_lists").astype(bool) if has_lists else None,
                 ids=forward.column(rows, "logprob_ids"),
                 num_top=forward.num_top,
             )
@@ -431,7 +443,7 @@ class SamplerSteps:
         group = self._group(rows, table, jnp.arange(len(slots)))
         state = init_state(self.sampler, self._context(group, cursor, hidden, counts, arrays))
         drawn, after, _ = self._draw(
-            group, cursor, logits, hidden, counts, state, arrays, begins=False
+            group, cursor, logits, hidden, counts, state, arrays, begins=False, has_lists=False
         )
         return drawn, state, after
 

@@ -24,7 +24,7 @@ from jaxengine.runtime.state import (
     edit_table,
     read_rows,
 )
-from jaxengine.sampling.logprobs import largest, token_logprob
+from jaxengine.sampling.logprobs import Wants, listed_logprobs, token_logprob
 from jaxengine.scheduler.buckets import Buckets
 from jaxengine.types import MAX_LOGPROB_IDS, NULL_PAGE
 
@@ -179,14 +179,11 @@ class Forward:
         def some(part: tuple[Array, Array, Array]) -> dict[str, Array]:
             hidden, target, row = part
             logits = model.logits(hidden, self.ctx)
-            norm = jax.nn.logsumexp(logits, axis=-1)[:, None]
-            top, top_ids = largest(logits, self.num_top)
-            given = jnp.take_along_axis(logits, jnp.maximum(ids[row], 0), axis=-1)
+            all_rows = jnp.ones(target.shape, bool)
+            wants = Wants(all_rows, all_rows, ids[row], self.num_top)
             return {
                 "logprob": token_logprob(logits, target),
-                "top_ids": top_ids,
-                "top_logprobs": top - norm,
-                "id_logprobs": given - norm,
+                **listed_logprobs(logits, wants),
             }
 
         size = min(SCORED_TOKENS, num_tokens)
@@ -291,18 +288,14 @@ class Forward:
         num_pages: int,
     ) -> tuple[Hidden, list[Any], Int[Array, "S V"]]:
         """Feeds every row's last token: hidden states, KV cache, token counts."""
-        page_size, num_rows = self.buckets.page_size, cursor.token.shape[0]
+        num_rows = cursor.token.shape[0]
         page_table = self.column(rows, "page_table")[:, :num_pages]
         active = ~cursor.is_done
-        # A dead row reads nothing (length 0) and writes to the null page.
-        index = jnp.minimum(cursor.position // page_size, num_pages - 1)
-        page = jnp.take_along_axis(page_table, index[:, None], axis=1)[:, 0]
         meta = AttentionMetadata(
             page_table=page_table,
             q_starts=jnp.arange(num_rows + 1, dtype=jnp.int32),
+            # A dead row reads nothing and writes nothing that is read.
             kv_lens=jnp.where(active, cursor.position + 1, 0),
-            write_pages=jnp.where(active, page, NULL_PAGE),
-            write_offsets=cursor.position % page_size,
             is_decode=True,
         )
         hidden, kv_cache = self._run(params, cursor.token, cursor.position, kv_cache, meta)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -19,6 +20,9 @@ from jaxengine.runtime.sharding import kv_sharding, replicated
 from jaxengine.runtime.state import COUNT_DTYPE, DeviceState, Seats
 
 type Specs = dict[ProgramKey, ProgramSpec]
+
+DRAW, DRAW_LISTS = "draw", "draw_lists"
+"""Kinds of draws in split form: without lists of logprobs, and with them."""
 
 HIDDEN_DECODE = "decode_hidden"
 """Kind of the windows that report hidden states; the others know nothing of them."""
@@ -134,15 +138,15 @@ class ProgramFactory:
         )
         return {ProgramKey("seat", owner=steps.owner): seat}
 
-    def split(self, steps: SamplerSteps) -> dict[ProgramKey, ProgramSpec]:
+    def split(self, steps: SamplerSteps, *, is_cached: bool = False) -> Specs:
         """Draws over the logits of a forward step, and the sampler's edits."""
-        specs = self.edits(steps, is_cached=False)
+        specs = self.edits(steps, is_cached=is_cached)
         seats, arrays = self.seats(steps), self._shapes(steps.sampler.arrays)
         model = self.forward.model
-        for rows in self.forward.buckets.split_rows:
-            specs[ProgramKey("draw", rows, owner=steps.owner)] = ProgramSpec(
-                name=f"draw_b{rows}",
-                fn=steps.draw,
+        for rows, kind in itertools.product(self.forward.buckets.split_rows, (DRAW, DRAW_LISTS)):
+            specs[ProgramKey(kind, rows, owner=steps.owner)] = ProgramSpec(
+                name=f"{kind}_b{rows}",
+                fn=functools.partial(steps.draw, has_lists=kind == DRAW_LISTS),
                 args=(
                     self.state.slots,
                     seats,
@@ -154,7 +158,7 @@ class ProgramFactory:
                 ),
                 donate=(0, 1),
                 options=self._options,
-                is_cached=False,
+                is_cached=is_cached,
             )
         return specs
 

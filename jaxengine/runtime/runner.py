@@ -13,7 +13,13 @@ from jaxengine.models.family import Params
 from jaxengine.runtime import batch
 from jaxengine.runtime.executables import ProgramSpec
 from jaxengine.runtime.forward import Embeds, Hidden
-from jaxengine.runtime.program_factory import HIDDEN_DECODE, ProgramFactory, Specs
+from jaxengine.runtime.program_factory import (
+    DRAW,
+    DRAW_LISTS,
+    HIDDEN_DECODE,
+    ProgramFactory,
+    Specs,
+)
 from jaxengine.runtime.programs import IDLE, LATER, ProgramKey, Programs
 from jaxengine.runtime.samplers import LiveSampler, Samplers
 from jaxengine.runtime.state import DeviceState, Seats
@@ -52,12 +58,19 @@ class Runner:
         self._state = _zeros(self._factory.state)
 
     def prepare(
-        self, sampler: LiveSampler, *, scores: bool, hidden: bool = False, embeds: bool = False
+        self,
+        sampler: LiveSampler,
+        *,
+        lists: bool,
+        scores: bool,
+        hidden: bool = False,
+        embeds: bool = False,
     ) -> None:
         """Waits for programs the engine did not begin with, in the caller's thread: not its own.
 
         Args:
           sampler: For its first tokens.
+          lists: Also for logprobs of others than the drawn tokens.
           scores: Also for logprobs of prompt tokens.
           hidden: Also for hidden states.
           embeds: Also for embeddings in place of ids.
@@ -77,7 +90,8 @@ class Runner:
         if is_own and not embeds:
             return
         buckets, owner = factory.forward.buckets, sampler.steps.owner
-        keys = [ProgramKey("draw", rows, owner=owner) for rows in buckets.split_rows]
+        kind = DRAW_LISTS if lists else DRAW
+        keys = [ProgramKey(kind, rows, owner=owner) for rows in buckets.split_rows]
         keys += [ProgramKey("seat", owner=owner), *(() if is_own else factory.first_forwards())]
         if any(key not in self._programs for key in keys):
             specs = {**factory.split(sampler.steps), **factory.forwards()}
@@ -218,7 +232,10 @@ class Runner:
     ) -> list[Drawn]:
         drawn = []
         for sampler in samplers:
-            key = ProgramKey("draw", len(logits), owner=sampler.steps.owner)
+            own_rows = (row for row in plan.rows if row.sampler_id == sampler.sampler_id)
+            has_lists = any(self._wants_lists.get(row.slot) for row in own_rows)
+            kind = DRAW_LISTS if has_lists else DRAW
+            key = ProgramKey(kind, len(logits), owner=sampler.steps.owner)
             program = self._program(key, lambda s=sampler.steps: self._factory.split(s))
             assert self._state is not None
             slots, sampler.seats, out = program(

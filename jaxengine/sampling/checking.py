@@ -195,7 +195,7 @@ def _step_of(sampler: Sampler) -> Step:
         logits: Array, state: SamplerState, ctx: SamplingContext
     ) -> tuple[Sample, SamplerState]:
         nobody = jnp.zeros(NUM_ROWS, bool)
-        wants = Wants(nobody, nobody, jnp.zeros((NUM_ROWS, 1), jnp.int32), 1)
+        wants = Wants(nobody, None, jnp.zeros((NUM_ROWS, 1), jnp.int32), 1)
         return sample(sampler, logits, state, ctx, wants)
 
     return step

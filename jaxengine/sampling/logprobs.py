@@ -5,9 +5,11 @@ Never a [B, V] array leaves the device for them.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.top_k import top_k
+from pallas_kernels.vocab_blocks import BLOCK, block_sums, in_blocks, logsumexp
 
 
 class Wants(NamedTuple):
@@ -15,21 +17,31 @@ class Wants(NamedTuple):
 
     Attributes:
       token: Of the drawn token.
-      lists: Of the most likely tokens, or of given ids.
+      lists: Of the most likely tokens, or of given ids; None where none does for sure.
       ids: The given ids, -1 padded.
       num_top: Most tokens a row can have listed; static.
     """
 
     token: Bool[Array, " B"]
-    lists: Bool[Array, " B"]
+    lists: Bool[Array, " B"] | None
     ids: Int[Array, "B ids"]
     num_top: int
 
 
 def token_logprob(logits: Float[Array, "*B V"], token: Int[Array, "*B"]) -> Float[Array, "*B"]:
     """log softmax(logits)[token]."""
-    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1, mode="clip")[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    return token_logprobs(token, logits)[0]
+
+
+def token_logprobs(
+    token: Int[Array, "*B"], *logits: Float[Array, "*B V"]
+) -> tuple[Float[Array, "*B"], ...]:
+    """log softmax(x)[token] of each x in `logits`, from one pass over all of them."""
+
+    def chosen(x: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+        return jnp.take_along_axis(x, token[..., None], axis=-1, mode="clip")[..., 0]
+
+    return tuple(chosen(x) - norm for x, norm in zip(logits, logsumexp(*logits), strict=True))
 
 
 def no_token_logprobs(token: Int[Array, " B"]) -> dict[str, Array]:
@@ -40,8 +52,9 @@ def no_token_logprobs(token: Int[Array, " B"]) -> dict[str, Array]:
 
 def listed_logprobs(logits: Float[Array, "B V"], wants: Wants) -> dict[str, Array]:
     """Logprobs of the `num_top` most likely tokens, in order, and of the given ids."""
-    norm = jax.nn.logsumexp(logits, axis=-1)[:, None]
-    top, top_ids = largest(logits, wants.num_top)
+    sums = block_sums(logits)
+    norm = sums.log_total[:, None]
+    top, top_ids = largest(logits, wants.num_top, sums.max)
     at_ids = jnp.take_along_axis(logits, jnp.maximum(wants.ids, 0), axis=-1)
     return {"top_logprobs": top - norm, "top_ids": top_ids, "id_logprobs": at_ids - norm}
 
@@ -56,24 +69,23 @@ def no_listed_logprobs(wants: Wants) -> dict[str, Array]:
     }
 
 
-BLOCK = 128
-"""Columns whose maximum stands for them in the first round of `largest`."""
-
-
 def largest(
-    x: Float[Array, "B V"], count: int
+    x: Float[Array, "B V"], count: int, tops: Float[Array, "B blocks"] | None = None
 ) -> tuple[Float[Array, "B count"], Int[Array, "B count"]]:
     """The largest entries of each row, in order, the lowest index first among equals.
 
-    The `count` blocks with the largest maxima hold them, so only those are sorted.
+    The `count` blocks with the largest maxima hold them, so no more is searched.
+
+    Args:
+      x: The rows.
+      count: How many; what a row has not is -inf.
+      tops: Maxima of its blocks, where they are known.
     """
     num_rows, width = x.shape
     if width <= 2 * BLOCK * count:
         return _top_k(x, count)
-    num_blocks = -(-width // BLOCK)
-    padded = jnp.pad(x, ((0, 0), (0, num_blocks * BLOCK - width)), constant_values=-jnp.inf)
-    blocks = padded.reshape(num_rows, num_blocks, BLOCK)
-    _, chosen = _top_k(blocks.max(axis=-1), count)
+    blocks = in_blocks(x)
+    _, chosen = _top_k(blocks.max(axis=-1) if tops is None else tops, count)
     chosen = _ascending(chosen)  # for equals
     kept = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1)
     columns = chosen[:, :, None] * BLOCK + jnp.arange(BLOCK)
@@ -89,6 +101,6 @@ def _ascending(x: Int[Array, "B n"]) -> Int[Array, "B n"]:
 
 
 def _top_k(x: Float[Array, "B n"], count: int) -> tuple[Array, Array]:
-    values, places = jax.lax.top_k(x, min(count, x.shape[-1]))
+    values, places = top_k(x, count=min(count, x.shape[-1]))
     missing = ((0, 0), (0, count - values.shape[-1]))
     return jnp.pad(values, missing, constant_values=-jnp.inf), jnp.pad(places, missing)

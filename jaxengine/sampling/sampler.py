@@ -19,6 +19,7 @@ from jaxengine.sampling.logprobs import (
     no_listed_logprobs,
     no_token_logprobs,
     token_logprob,
+    token_logprobs,
 )
 from jaxengine.sampling.transforms import (
     Drawn,
@@ -325,16 +326,16 @@ def _logprobs(
     place = jnp.asarray([list(prefixes).index(len(parts)) for parts in unfiltered])
 
     def of_token(before: Parts, parts: Parts) -> dict[str, Array]:
-        return {
-            "logprob": token_logprob(_apply(before, logits), token),
-            "raw_logprob": token_logprob(logits, token),
-            "processed_logprob": token_logprob(_apply(parts, logits), token),
-        }
+        names = ("logprob", "raw_logprob", "processed_logprob")
+        each = token_logprobs(token, _apply(before, logits), logits, _apply(parts, logits))
+        return dict(zip(names, each, strict=True))
 
     def of_lists(before: Parts) -> dict[str, Array]:
         return listed_logprobs(_apply(before, logits), wants)
 
-    def wanted(rows: Bool[Array, " B"], index: Array, ways: list[Any], nothing: Any) -> Any:
+    def wanted(rows: Bool[Array, " B"] | None, index: Array, ways: list[Any], nothing: Any) -> Any:
+        if rows is None:
+            return nothing
         index = jnp.where((rows & ctx.active).any(), index, len(ways))
         return jax.lax.switch(index, [*ways, lambda: nothing])
 

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+MAX_PADDING = 256
+"""Places a prefill may leave empty whatever its size: they cost less than another prefill."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Buckets:
@@ -28,6 +31,23 @@ class Buckets:
     def prefill_rows(self, num_tokens: int) -> int:
         """Rows of a prefill of this bucket: a fixed number, about one per 32 tokens."""
         return min(self.num_slots, max(8, num_tokens // 32), num_tokens)
+
+    def full_prefill(self, num_tokens: int, num_rows: int) -> int:
+        """Tokens of a prefill that wastes little: all, or as many as fill a smaller bucket.
+
+        Args:
+          num_tokens: Tokens that wait.
+          num_rows: Prompts they are of.
+        """
+        sizes = self.prefill_tokens
+        fits = (t for t in sizes if t >= num_tokens and self.prefill_rows(t) >= num_rows)
+        size = next(fits, sizes[-1])
+        if size - num_tokens <= max(MAX_PADDING, size // 8):
+            return size
+        smaller = (t for t in sizes if size // 4 <= t <= num_tokens)
+        # Short prompts may take all rows of a bucket before they fill its tokens.
+        full = (t for t in smaller if self.prefill_rows(t) * num_tokens >= t * num_rows)
+        return max(full, default=size)
 
     @property
     def split_rows(self) -> tuple[int, ...]:

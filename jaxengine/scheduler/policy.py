@@ -22,12 +22,12 @@ class Policy:
       schedule_policy: "fcfs", first come first served; "lpm", longest cached prefix first; or
         "priority", highest priority first, which may preempt those that run.
       preemption_threshold: A running sequence is preempted for one whose priority is better by at
-        least so much.
+        least so much; None for never.
       low_values_first: Low priorities are the better ones.
     """
 
     schedule_policy: Literal["fcfs", "lpm", "priority"] = "fcfs"
-    preemption_threshold: int = 10
+    preemption_threshold: int | None = 10
     low_values_first: bool = False
 
     @property
@@ -48,8 +48,10 @@ class Policy:
 
     def may_preempt(self, newcomer: Sequence, sequence: Sequence) -> bool:
         """So much more urgent is the newcomer that the other must go."""
+        if self.preemption_threshold is None or sequence.is_overdue:
+            return False
         gap = self.urgency(newcomer) - self.urgency(sequence)
-        return not sequence.is_overdue and gap >= max(1, self.preemption_threshold)
+        return gap >= max(1, self.preemption_threshold)
 
 
 class WaitingQueue:

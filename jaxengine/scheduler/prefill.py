@@ -27,7 +27,6 @@ class PrefillDraft:
         self._roster = roster
         self._budget = min(max_tokens, roster.buckets.prefill_tokens[-1])
         self._max_rows = roster.buckets.prefill_rows(self._budget)
-        self._reserved = roster.reserved_pages()
         self._rows: list[PrefillRow] = []
         self._placed: list[tuple[Sequence, Member]] = []
         self._new_rows: list[NewRow] = []
@@ -39,7 +38,8 @@ class PrefillDraft:
         for sequence in self._roster.running:
             if sequence.status is Status.PREFILLING:
                 self._take(sequence)
-        self._start_waiting()
+        if self._roster.waiting:
+            self._start_waiting()
         if not self._rows:
             return None
         for sequence, member in self._placed:
@@ -56,7 +56,7 @@ class PrefillDraft:
         Only these are looked past: one whose next page is being computed in this very plan, for it
         will find the page cached in the next; and where slots are short, all who have none.
         """
-        num_deferred = 0
+        num_deferred, reserved = 0, self._roster.reserved_pages()
         for sequence in self._roster.in_order():
             # A preempted sequence must first learn the tokens still in flight.
             if self._is_full or num_deferred > MAX_DEFERRED or sequence.num_in_flight:
@@ -70,10 +70,10 @@ class PrefillDraft:
                 num_deferred += 1
                 continue
             needed = self._roster.pages_to_start(sequence, matches)
-            if needed + self._reserved > self._roster.cache.num_available:
+            if needed + reserved > self._roster.cache.num_available:
                 return
             self._roster.start(sequence, matches)
-            self._reserved += self._roster.pages_ahead(sequence)
+            reserved += self._roster.pages_ahead(sequence)
             self._take(sequence)
 
     def _is_being_computed(self, sequence: Sequence, matches: list[Match]) -> bool:

@@ -104,6 +104,26 @@ class Roster:
         """Pages those who run will soon want; a newcomer who had them would lose them again."""
         return sum(self.pages_ahead(sequence) for sequence in self.running)
 
+    def to_prefill(self, most: int) -> tuple[int, int]:
+        """Prompt tokens that could be computed now, up to `most`, and prompts they are of.
+
+        Some may prove to be cached.
+        """
+        left = [
+            sequence.prefill_len(member) - member.num_prefilled
+            for sequence in self.running
+            if sequence.status is Status.PREFILLING
+            for member in sequence.members
+        ]
+        num_tokens, num_slots = sum(left), self.num_free_slots
+        for sequence in self.waiting:
+            num_slots -= sequence.num_slots_wanted
+            if num_tokens >= most or num_slots < 0:
+                break
+            left += [sequence.prefill_len(member) for member in sequence.members]
+            num_tokens += sum(left[-len(sequence.members) :])
+        return min(num_tokens, most), len(left)
+
     def has_slots(self, sequence: Sequence) -> bool:
         """There are slots for all members that have none."""
         return sequence.num_slots_wanted <= self.num_free_slots

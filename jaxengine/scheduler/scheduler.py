@@ -6,7 +6,6 @@ For the same reason a page may be shared as soon as the step that fills it was p
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 
@@ -135,11 +134,15 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
         """Takes a step's tokens in; rows of sequences that ended meanwhile are dropped."""
+        num_steps = plan.num_steps if isinstance(plan, DecodePlan) else 0
+        token_ids = result.token_ids[:, : num_steps or None]
+        # A row's tokens stand before the places where it drew none.
+        num_drawn = (token_ids != -1).sum(axis=1).tolist()
         if isinstance(plan, DecodePlan):
-            drawn = result.token_ids[:, : plan.num_steps] != -1
-            self.stats.num_masked_row_steps += int(drawn.size - drawn.sum())
+            self.stats.num_masked_row_steps += token_ids.size - sum(num_drawn)
+        rows = zip(plan.rows, token_ids.tolist(), num_drawn, strict=True)
         updates = []
-        for i, row in enumerate(plan.rows):
+        for i, (row, drawn, count) in enumerate(rows):
             sequence = self._sequences.get(row.seq_id)
             if sequence is None:
                 continue
@@ -147,9 +150,9 @@ class Scheduler:
             if row.seq_id == sequence.seq_id:
                 prompt_leaves = _prompt_leaves(plan, result, i, sequence)
                 leaves = {name: leaf[i] for name, leaf in result.leaves.items()}
-                num_steps = plan.num_steps if isinstance(plan, DecodePlan) else 0
-                update = self._take(sequence, result.token_ids[i], leaves, prompt_leaves, num_steps)
-                updates += [update] if update is not None else []
+                update = self._take(sequence, drawn[:count], leaves, prompt_leaves, num_steps)
+                if update is not None:
+                    updates.append(update)
         return updates
 
     def recover(self, plans: list[StepPlan], error: Exception) -> list[SequenceUpdate]:
@@ -184,38 +187,47 @@ class Scheduler:
         )
 
     def _prefill_is_due(self) -> bool:
-        """Prefill first, but never twice in a row while someone reads a running stream."""
-        return self._num_prefills_in_a_row < (1 if self._is_read() else MAX_PREFILLS_IN_A_ROW)
+        """Prefill first; a second one in a row only if it is large, and nobody reads a stream."""
+        if self._num_prefills_in_a_row == 0:
+            return True
+        if self._is_read() or self._num_prefills_in_a_row >= MAX_PREFILLS_IN_A_ROW:
+            return False
+        largest = self._buckets.prefill_tokens[-1]
+        num_tokens, _ = self._roster.to_prefill(largest)
+        return num_tokens >= largest // 4
 
     def _plan_prefill(self) -> PrefillPlan | None:
         most = STREAM_CHUNK_TOKENS if self._is_read() else self._buckets.prefill_tokens[-1]
+        most = self._buckets.full_prefill(*self._roster.to_prefill(most))
         return PrefillDraft(self._roster, most).plan(self._is_ready)
 
     def _take(
         self,
         sequence: Sequence,
-        token_ids: np.ndarray,
+        drawn: list[int],
         leaves: Mapping[str, np.ndarray],
         prompt_leaves: Mapping[str, np.ndarray],
         num_steps: int,
     ) -> SequenceUpdate | None:
         request = sequence.request
-        drawn = _read(request, len(sequence.output_ids), token_ids)
-        new = drawn.token_ids if request.max_new_tokens else []
-        finish = sequence.ending or drawn.finish
+        finish, error = _ending(request, len(sequence.output_ids), drawn)
+        if error is not None:
+            drawn = drawn[:-1]
+        finish = sequence.ending or finish
         # A window feeds a token more than it draws where it went on after the last one.
-        is_last_fed = finish is not None and len(drawn.token_ids) < num_steps
+        is_last_fed = finish is not None and len(drawn) < num_steps
         kept = {
-            name: leaf[: len(drawn.token_ids) + (name == HIDDEN and is_last_fed)]
+            name: leaf[: len(drawn) + (name == HIDDEN and is_last_fed)]
             for name, leaf in leaves.items()
         }
+        new = drawn if request.max_new_tokens else []
         sequence.output_ids += new
         self.stats.num_generated_tokens += len(new)
         if request.feeds_last and not is_last_fed:
             sequence.ending, finish = finish, None
-        if finish or drawn.error:
+        if finish or error:
             self.finish(sequence.seq_id)
-            return sequence.last_update(new, kept, prompt_leaves, finish, drawn.error)
+            return sequence.last_update(new, kept, prompt_leaves, finish, error)
         if not new and not prompt_leaves:
             return None
         return SequenceUpdate(sequence.seq_id, new, kept, prompt_leaves)
@@ -225,32 +237,20 @@ class Scheduler:
         return sequence.last_update(error=error)
 
 
-class _Drawn(NamedTuple):
-    """What a row drew, up to its end, and how it ended."""
-
-    token_ids: list[int]
-    finish: StopReason | None = None
-    error: Exception | None = None
-
-
-def _read(request: SequenceRequest, num_before: int, token_ids: np.ndarray) -> _Drawn:
-    """A row's tokens up to the first that ends it; no Python for each of them."""
-    new = token_ids[: max(1, request.max_new_tokens - num_before)].tolist()
-    code = -1
-    if min(new, default=0) < 0:
-        end = next(i for i, token in enumerate(new) if token < 0)
-        new, code = new[:end], new[end]
-    stops = set() if request.ignore_eos else set(request.stop_token_ids)
-    if not stops.isdisjoint(new):
-        end = next(i for i, token in enumerate(new) if token in stops)
-        new, code = new[: end + 1], -1
-    if code != -1:
-        return _Drawn(new, error=_draw_error(code, request.rid, num_before + len(new)))
-    if new and num_before + len(new) >= request.max_new_tokens:
-        return _Drawn(new, finish=StopReason("length", length=request.max_new_tokens))
-    if new and new[-1] in stops:
-        return _Drawn(new, finish=StopReason("stop", matched=new[-1]))
-    return _Drawn(new)
+def _ending(
+    request: SequenceRequest, num_before: int, drawn: list[int]
+) -> tuple[StopReason | None, Exception | None]:
+    """How a row ended, if it did: then with the last token drawn, for the device draws no more."""
+    if not drawn:
+        return None, None
+    last, count = drawn[-1], num_before + len(drawn)
+    if last < 0:
+        return None, _draw_error(last, request.rid, count - 1)
+    if count >= request.max_new_tokens:
+        return StopReason("length", length=request.max_new_tokens), None
+    if last in request.stop_token_ids and not request.ignore_eos:
+        return StopReason("stop", matched=last), None
+    return None, None
 
 
 def _prompt_leaves(

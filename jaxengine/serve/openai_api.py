@@ -105,6 +105,8 @@ def parse(url: str, body: Any, tokenizer: Any) -> Request:
         more = {"return_text_in_logprobs": True, "top_logprobs_num": num_top}
         arguments |= {"return_logprob": True, **more}
     options = body.get("stream_options") or {}
+    if not isinstance(options, Mapping):
+        raise RequestError(f"`stream_options` must be an object, got {options!r:.80}.")
     return Request(
         url=url,
         model=str(body.get("model", "")),

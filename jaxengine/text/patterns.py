@@ -8,6 +8,9 @@ import regex
 
 from jaxengine.errors import RequestError
 
+TIMEOUT_S = 1.0
+"""Longest search; a pattern that backtracks without end fails its request, and nobody else's."""
+
 
 def compile_pattern(pattern: str) -> regex.Pattern:
     """A pattern of `stop_regex`.
@@ -49,21 +52,34 @@ class PatternSearch:
     def push(self, data: bytes) -> Hit | None:
         """Takes the next bytes; gives the match that ends first, if there is any."""
         self._text += self._decoder.decode(data)
-        text, first = self._text, self._first
-        found = [m for p in self._patterns if (m := p.search(text, first))]
+        found = self._search(partial=False)
         if found:
             match = min(found, key=lambda m: (m.end(), m.start()))
             return Hit(
                 self._bytes_after(match.start()), self._bytes_after(match.end()), match.re.pattern
             )
-        partial = [m.start() for p in self._patterns if (m := p.search(text, first, partial=True))]
-        self._first = min(partial, default=len(text))
+        partial = self._search(partial=True)
+        self._first = min((match.start() for match in partial), default=len(self._text))
         return None
 
     @property
     def num_held(self) -> int:
         """Bytes at the end that may be the beginning of a match."""
         return self._bytes_after(self._first)
+
+    def _search(self, *, partial: bool) -> list[regex.Match]:
+        try:
+            found = [
+                pattern.search(self._text, self._first, partial=partial, timeout=TIMEOUT_S)
+                for pattern in self._patterns
+            ]
+        except TimeoutError:
+            patterns = ", ".join(pattern.pattern for pattern in self._patterns)
+            raise RequestError(
+                f"`stop_regex` {patterns!r} took longer than {TIMEOUT_S:g} s on one text; "
+                "write it so that it backtracks less."
+            ) from None
+        return [match for match in found if match]
 
     def _bytes_after(self, place: int) -> int:
         incomplete, _ = self._decoder.getstate()

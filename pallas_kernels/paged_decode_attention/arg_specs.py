@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
 
 from pallas_kernels.random_args import (
     DEMO,
@@ -66,22 +66,22 @@ class ArgSpec:
         batch = len(self.kv_lens)
         cache = (2, self.heads.num_kv_heads, self.page_size, self.heads.head_dim)
         num_pages = self.num_pages or 1 + batch * self.pages_per_row
+        head_dim, half = self.heads.head_dim, self.heads.head_dim // 2
+        new = jax.ShapeDtypeStruct((batch, self.heads.num_kv_heads, head_dim), dtype)
+        angles = jax.ShapeDtypeStruct((batch, half), jnp.float32)
         return [
-            jax.ShapeDtypeStruct((batch, self.heads.num_heads, self.heads.head_dim), dtype),
+            jax.ShapeDtypeStruct((batch, self.heads.num_heads, head_dim), dtype),
+            *(new, new, angles, angles),
             jax.ShapeDtypeStruct((num_pages, *cache), dtype),
             jax.ShapeDtypeStruct((batch, self.pages_per_row), jnp.int32),
             jax.ShapeDtypeStruct((batch,), jnp.int32),
         ]
 
-    def arrays(
-        self, dtype: jax.typing.DTypeLike, seed: int
-    ) -> tuple[
-        Float[Array, "B N H"],
-        Float[Array, "pages 2 K page_size H"],
-        Int[Array, "B P"],
-        Int[Array, " B"],
-    ]:
-        """Returns random arguments of the op; the cache is NaN where nothing may be read."""
+    def arrays(self, dtype: jax.typing.DTypeLike, seed: int) -> tuple[jax.Array, ...]:
+        """Returns random arguments of the op; the cache is NaN where nothing may be read.
+
+        That includes the places of the new tokens.
+        """
         kv_pages, page_table = random_cache(
             seed,
             self.kv_lens,
@@ -91,9 +91,16 @@ class ArgSpec:
             num_pages=self.num_pages,
             dtype=dtype,
         )
-        shape = (len(self.kv_lens), self.heads.num_heads, self.heads.head_dim)
-        q = jnp.asarray(random_normal(seed + 1, shape), dtype)
-        return q, kv_pages, page_table, jnp.asarray(self.kv_lens, jnp.int32)
+        lens = np.asarray(self.kv_lens, np.int32)
+        (live,) = np.nonzero(lens)
+        page, offset = np.divmod(lens[live] - 1, self.page_size)
+        new_pages = np.asarray(page_table)[live, page]
+        kv_pages = kv_pages.at[new_pages, :, :, offset].set(jnp.nan)
+        batch, heads = len(lens), self.heads
+        shapes = [(batch, n, heads.head_dim) for n in (heads.num_heads, *[heads.num_kv_heads] * 2)]
+        qkv = [jnp.asarray(random_normal(seed + 1 + i, s), dtype) for i, s in enumerate(shapes)]
+        angles = jnp.asarray(4 * random_normal(seed + 4, (batch, heads.head_dim // 2)))
+        return *qkv, jnp.cos(angles), jnp.sin(angles), kv_pages, page_table, jnp.asarray(lens)
 
 
 ARG_SPECS = (

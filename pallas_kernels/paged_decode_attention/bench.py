@@ -6,7 +6,6 @@ values alone. Every row was compared with the reference in the same run.
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_decode_attention import reference, triton
+from pallas_kernels.paged_decode_attention import reference, triton, tuning
 from pallas_kernels.paged_decode_attention.arg_specs import ARG_SPECS, ArgSpec
 from pallas_kernels.timing import time_configs
 
@@ -27,9 +26,9 @@ _CALLS_PER_RUN = 512
 _TOLERANCE = 1e-2
 
 
-def _grid(**choices: Sequence[int]) -> list[triton.TuningConfig]:
+def _grid(**choices: Sequence[int]) -> list[tuning.TuningConfig]:
     return [
-        triton.TuningConfig(**dict(zip(choices, values, strict=True)))
+        tuning.TuningConfig(**dict(zip(choices, values, strict=True)))
         for values in itertools.product(*choices.values())
     ]
 
@@ -69,26 +68,37 @@ def rows(
 
 
 def _spec_rows(
-    spec: ArgSpec, device: Any, sweep: Sequence[triton.TuningConfig]
+    spec: ArgSpec, device: Any, sweep: Sequence[tuning.TuningConfig]
 ) -> Iterator[dict[str, Any]]:
     num_bytes = spec.cache_elements * _DTYPE.itemsize
     num_tables = min(-(-_COLD_BYTES // max(num_bytes, 1)), _MAX_TABLES)
     # Tables of different pages of one pool, so that a call finds nothing in the caches.
     many = dataclasses.replace(spec, kv_lens=spec.kv_lens * num_tables)
-    q, kv_pages, page_table, kv_lens = many.arrays(_DTYPE, seed=0)
+    *new, kv_pages, page_table, kv_lens = many.arrays(_DTYPE, seed=0)
     batch = len(spec.kv_lens)
-    q, kv_lens = q[:batch], kv_lens[:batch]
+    q, *shared = (array[:batch] for array in new)
+    kv_lens = kv_lens[:batch]
     tables = page_table.reshape(num_tables, batch, -1)
     calls = [(tables[i % num_tables], kv_lens) for i in range(max(num_tables, _MIN_CALLS))]
-    default = triton.default_config(q)
+    default = tuning.default_config(q)
+
+    def op(carry: tuple[Any, ...], k: Any, v: Any, cos: Any, sin: Any, *call: Any, config: Any):
+        q, kv_pages = carry
+        return triton.paged_decode_attention(
+            q, k, v, cos, sin, kv_pages, *call, scale=spec.heads.scale, config=config
+        )
+
+    want, _ = reference.paged_decode_attention(
+        q, *shared, kv_pages, *calls[0], scale=spec.heads.scale
+    )
     for timing in time_configs(
-        functools.partial(triton.paged_decode_attention, scale=spec.heads.scale),
+        op,
         [default, *(config for config in sweep if config != default)],
-        q,
-        (kv_pages,),
+        (q, kv_pages),
+        tuple(shared),
         calls,
         num_rounds=max(_CALLS_PER_RUN // len(calls), 1),
-        want=reference.paged_decode_attention(q, kv_pages, *calls[0], scale=spec.heads.scale),
+        want=want,
     ):
         yield {
             "op": "paged_decode_attention",
@@ -99,7 +109,7 @@ def _spec_rows(
             "is_correct": timing.error <= _TOLERANCE,
             "error": timing.error,
             "failure": timing.failure,
-            "num_splits": triton.choose_num_splits(
+            "num_splits": tuning.choose_num_splits(
                 timing.config, batch, spec.heads.num_kv_heads, spec.pages_per_row * spec.page_size
             ),
             "config": dataclasses.asdict(timing.config),

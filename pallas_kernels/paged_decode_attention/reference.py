@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paging import gather_tokens
+from pallas_kernels.rotary import rotate
 
 _CHUNK_TOKENS = 128  # keys and values of a chunk stay in a CPU's cache
 _MASKED = -1e30  # finite, so that a row that sees nothing of a chunk gives no NaN
@@ -15,13 +16,35 @@ _MASKED = -1e30  # finite, so that a row that sees nothing of a chunk gives no N
 @functools.partial(jax.jit, static_argnames="scale")
 def paged_decode_attention(
     q: Float[Array, "B N H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+    cos: Float[Array, "B half"],
+    sin: Float[Array, "B half"],
+    kv_pages: Float[Array, "pages 2 K page_size H"],
+    page_table: Int[Array, "B P"],
+    kv_lens: Int[Array, " B"],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B N H"], Float[Array, "pages 2 K page_size H"]]:
+    """Rotates, writes, then attends; see `api.paged_decode_attention`."""
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    page_size = kv_pages.shape[3]
+    position = jnp.maximum(kv_lens - 1, 0)
+    page = jnp.take_along_axis(page_table, position[:, None] // page_size, axis=1)[:, 0]
+    page = jnp.where(kv_lens > 0, page, 0)  # a dead row writes to the null page
+    kv_pages = kv_pages.at[page, :, :, position % page_size].set(jnp.stack([k, v], axis=1))
+    return _attend(q, kv_pages, page_table, kv_lens, scale=scale), kv_pages
+
+
+def _attend(
+    q: Float[Array, "B N H"],
     kv_pages: Float[Array, "pages 2 K page_size H"],
     page_table: Int[Array, "B P"],
     kv_lens: Int[Array, " B"],
     *,
     scale: float,
 ) -> Float[Array, "B N H"]:
-    """Walks the pages of all rows chunk by chunk; see `api.paged_decode_attention`.
+    """Walks the pages of all rows chunk by chunk.
 
     An online softmax over the chunks, which stops where the longest row does: a wide page table
     costs nothing.

@@ -2,8 +2,9 @@
 
 One program attends one (row, kv head, split): the group of query heads that share the kv head is
 packed into the rows of one small matrix product, and the program walks its part of the row's
-tokens, tile by tile, with an online softmax. With more than one split, a second small kernel
-combines the float32 partials. No work depends on how wide the page table is.
+tokens, tile by tile, with an online softmax. The new token is rotated here, written to its page,
+and is where the softmax of the first split begins. With more than one split, the program that
+comes last combines the float32 partials. No work depends on how wide the page table is.
 
 Source: Dao et al., Flash-Decoding (2023); Kwon et al., PagedAttention, arXiv:2309.06180.
 """
@@ -11,6 +12,7 @@ Source: Dao et al., Flash-Decoding (2023); Kwon et al., PagedAttention, arXiv:23
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,173 +20,278 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.paged_decode_attention.tuning import (
+    TuningConfig,
+    choose_num_splits,
+    default_config,
+)
 from pallas_kernels.triton_math import MIN_DOT_ROWS, check_head_dim, dot, exp2_scaled
 
 _LOG2_E = math.log2(math.e)
-_MAX_SPLITS = 64
+_COMBINED_AT_ONCE = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TuningConfig:
-    """Tile and launch parameters of the decode kernel.
+class _Call:
+    """What is static of a call."""
 
-    Attributes:
-      block_kv: Tokens gathered per tile; a power of two, at least 16.
-      num_splits: Programs along one row's length; a power of two. None chooses by shape.
-      min_split_tiles: Tiles that a split takes before the next split of the row gets any.
-      target_programs: With `num_splits=None`, programs to aim at over the whole grid.
-      whole_from: Rows times kv heads from which rows are not split at all: on an H200 256 rows of
-        1,024 tokens (14 / 2 heads of 64) take 37.7 us whole and 47.5 us in two splits.
-      num_warps: Warps per program.
-      num_stages: Depth of the software pipeline; one tile fewer is in flight.
-    """
+    group: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    num_splits: int
+    scale: float
+    config: TuningConfig
+    interpret: bool
 
-    block_kv: int = 64
-    num_splits: int | None = None
-    min_split_tiles: int = 2
-    target_programs: int = 1056
-    whole_from: int = 512
-    num_warps: int = 4
-    num_stages: int = 3
+    @property
+    def packed(self) -> int:
+        """Rows of the matrix products: the query heads of a group and some that are not there."""
+        return max(MIN_DOT_ROWS, pl.next_power_of_2(self.group))
+
+    @property
+    def in_group(self) -> jax.Array:
+        return jnp.arange(self.packed) < self.group
+
+    @property
+    def dims(self) -> jax.Array:
+        return jnp.arange(self.head_dim)[None, :]
+
+    def exp2(self, x: jax.Array, shift: jax.Array) -> jax.Array:
+        """2 ** (x - shift) of scores that are not scaled yet and a shift that is."""
+        return exp2_scaled(x, shift, scale=self.log2_scale, interpret=self.interpret)
+
+    @property
+    def log2_scale(self) -> float:
+        return self.scale * _LOG2_E
+
+    def key_rows(self, page: jax.Array, kv_head: jax.Array, position: jax.Array) -> jax.Array:
+        """Row of the flat cache that holds a key; its value is `to_value` rows further."""
+        first = (page * (2 * self.num_kv_heads) + kv_head) * self.page_size
+        return first + jax.lax.rem(position, self.page_size)
+
+    @property
+    def to_value(self) -> int:
+        return self.num_kv_heads * self.page_size
 
 
-def default_config(q: jax.Array) -> TuningConfig:
-    """Chooses tile parameters for a shape and dtype."""
-    head_dim = q.shape[-1]
-    if q.dtype == jnp.float32:
-        return TuningConfig(block_kv=32, num_warps=4 if head_dim <= 128 else 8, num_stages=2)
-    return TuningConfig(block_kv=min(max(4096 // head_dim, 16), 128))
+class _Softmax(NamedTuple):
+    """An online softmax over keys: the weighted values are `acc / total`."""
 
-
-def choose_num_splits(config: TuningConfig, batch: int, num_kv_heads: int, max_tokens: int) -> int:
-    """Returns the power of two that fills the GPU at a small batch and is 1 at a large one."""
-    if config.num_splits is not None:
-        return config.num_splits
-    if batch * num_kv_heads >= config.whole_from:
-        return 1
-    useful = -(-max_tokens // (config.block_kv * config.min_split_tiles))
-    wanted = min(config.target_programs // (batch * num_kv_heads), useful, _MAX_SPLITS)
-    return 1 << (max(wanted, 1).bit_length() - 1)
+    top: jax.Array  # [packed], the largest score
+    total: jax.Array  # [packed]
+    acc: jax.Array  # [packed, H]
 
 
 def _decode_kernel(
-    q_ref,  # [B, N, H]
+    qkv_ref,  # [B, N + 2 K, H], not rotated
+    cos_ref,  # [B, H / 2]
+    sin_ref,  # [B, H / 2]
     kv_ref,  # [num_pages * 2 * K * page_size, H]
     page_table_ref,  # [B, P]
     kv_lens_ref,  # [B]
-    out_ref,  # [B, N, H], or partial outputs [B, num_splits, N, H] float32
-    *lse_ref,  # [B, num_splits, N] float32, only with several splits
-    group: int,
-    num_kv_heads: int,
-    page_size: int,
-    num_splits: int,
-    scale: float,
-    config: TuningConfig,
-    interpret: bool,
+    *refs,  # out [B, N, H], the cache again; with splits before them arrivals [B, K], and after
+    # them float32 partials [B, num_splits, N, H] and their log-sum-exp [B, num_splits, N]
+    call: _Call,
 ):
     kv_head, row, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    block_kv = config.block_kv
-    exp2 = functools.partial(exp2_scaled, scale=scale * _LOG2_E, interpret=interpret)
-    head_dim = q_ref.shape[-1]
-    kv_len = kv_lens_ref[row]
-    first, last = _split_range(kv_len, split, num_splits, config)
+    num_cached = jnp.maximum(kv_lens_ref[row] - 1, 0)
+    out_ref, new_kv_ref = refs[:2] if call.num_splits == 1 else refs[1:3]
+    heads = kv_head * call.group + jnp.arange(call.packed)
 
-    packed = max(MIN_DOT_ROWS, pl.next_power_of_2(group))
-    in_group = jnp.arange(packed) < group
-    heads = kv_head * group + jnp.arange(packed)
-    dims = jnp.arange(head_dim)[None, :]
-    q = pltriton.load(q_ref.at[row, heads[:, None], dims], mask=in_group[:, None], other=0.0)
+    def attend() -> _Softmax:
+        q, k, v = _load_new_token(qkv_ref, cos_ref, sin_ref, row, kv_head, heads, call)
+        is_first = (split == 0) & (kv_lens_ref[row] > 0)
+
+        @pl.when(is_first)
+        def _write_new_token():
+            page = page_table_ref[row, jax.lax.div(num_cached, call.page_size)]
+            where = (call.key_rows(page, kv_head, num_cached) + jnp.arange(1))[:, None]
+            pltriton.store(new_kv_ref.at[where, call.dims], k)
+            pltriton.store(new_kv_ref.at[where + call.to_value, call.dims], v)
+
+        # The new token is not read back from its page: the softmax of the first split begins
+        # with it.
+        score = (q.astype(jnp.float32) * k.astype(jnp.float32)).sum(axis=1)
+        value = jnp.broadcast_to(v.astype(jnp.float32), (call.packed, call.head_dim))
+        begin = _Softmax(
+            top=jnp.where(is_first, score, -jnp.inf),
+            total=jnp.where(is_first, jnp.ones_like(score), 0.0),
+            acc=jnp.where(is_first, value, 0.0),
+        )
+        return _attend_cached(
+            q, begin, kv_ref, page_table_ref, row, kv_head, split, num_cached, call
+        )
+
+    def store_out(out):
+        where = out_ref.at[row, heads[:, None], call.dims]
+        pltriton.store(where, out.astype(out_ref.dtype), mask=call.in_group[:, None])
+
+    def average(softmax: _Softmax) -> jax.Array:
+        return softmax.acc / jnp.where(softmax.total > 0, softmax.total, 1.0)[:, None]
+
+    if call.num_splits == 1:
+        store_out(average(attend()))
+        return
+    arrivals_ref, _, _, partial_ref, lse_ref = refs
+    num_live = _num_live_splits(num_cached, call.num_splits, call.config)
+
+    @pl.when(split < num_live)
+    def _live():
+        softmax = attend()
+        out = average(softmax)
+        pl.when(num_live == 1)(lambda: store_out(out))
+
+        @pl.when(num_live > 1)
+        def _store_partial():
+            where = partial_ref.at[row, split, heads[:, None], call.dims]
+            pltriton.store(where, out, mask=call.in_group[:, None])
+            lse = softmax.top * call.log2_scale + jnp.log2(softmax.total)
+            pltriton.store(lse_ref.at[row, split, heads], lse, mask=call.in_group)
+            if not call.interpret:
+                pltriton.debug_barrier()  # the whole program has stored before it says so
+            one = jnp.ones((), jnp.int32)
+            num_arrived = pltriton.atomic_add(arrivals_ref, (row, kv_head), one)
+
+            @pl.when(num_arrived == num_live - 1)
+            def _combine():
+                arrivals_ref[row, kv_head] = 0
+                store_out(
+                    average(_combine_splits(partial_ref, lse_ref, row, heads, num_live, call))
+                )
+
+
+def _load_new_token(
+    qkv_ref, cos_ref, sin_ref, row: jax.Array, kv_head: jax.Array, heads: jax.Array, call: _Call
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rotated queries of a group [packed, H], rotated key and value [1, H]."""
+    half = call.head_dim // 2
+    cos = pltriton.load(cos_ref.at[row, call.dims % half])
+    sin = pltriton.load(sin_ref.at[row, call.dims % half])
+    sin = jnp.where(call.dims < half, -sin, sin)
+    partner = (call.dims + half) % call.head_dim
+
+    def load(heads, dims, mask=None):
+        other = None if mask is None else 0.0
+        return pltriton.load(qkv_ref.at[row, heads[:, None], dims], mask=mask, other=other)
+
+    def load_rotated(heads, mask=None):
+        own, other = load(heads, call.dims, mask), load(heads, partner, mask)
+        rotated = own.astype(jnp.float32) * cos + other.astype(jnp.float32) * sin
+        return rotated.astype(qkv_ref.dtype)
+
+    key_head = call.group * call.num_kv_heads + kv_head + jnp.arange(1)
+    value = load(key_head + call.num_kv_heads, call.dims)
+    return load_rotated(heads, call.in_group[:, None]), load_rotated(key_head), value
+
+
+def _attend_cached(
+    q: jax.Array,
+    begin: _Softmax,
+    kv_ref,
+    page_table_ref,
+    row: jax.Array,
+    kv_head: jax.Array,
+    split: jax.Array,
+    num_cached: jax.Array,
+    call: _Call,
+) -> _Softmax:
+    """Goes on with a softmax over a split's part of the row's tokens."""
+    block_kv = call.config.block_kv
 
     def load_pages(tile):
         position = tile * block_kv + jnp.arange(block_kv)
-        page = jax.lax.div(position, page_size)
-        return pltriton.load(page_table_ref.at[row, page], mask=position < kv_len, other=0)
+        page = jax.lax.div(position, call.page_size)
+        return pltriton.load(page_table_ref.at[row, page], mask=position < num_cached, other=0)
 
     def attend_tile(tile, carry):
         # The ids of the next tile's pages are fetched one tile ahead: then the address of a key
         # is known when its tile begins, and the compiler can keep several tiles in flight.
-        page, row_max, row_sum, acc = carry
+        page, (top, total, acc) = carry
         next_page = load_pages(tile + 1)
         position = tile * block_kv + jnp.arange(block_kv)
-        valid = position < kv_len
-        key_row = (page * (2 * num_kv_heads) + kv_head) * page_size
-        key_row += jax.lax.rem(position, page_size)
-        key_row = key_row[:, None]
-        k = pltriton.load(kv_ref.at[key_row, dims], mask=valid[:, None], other=0.0)
+        valid = position < num_cached
+        key_row = call.key_rows(page, kv_head, position)[:, None]
+        k = pltriton.load(kv_ref.at[key_row, call.dims], mask=valid[:, None], other=0.0)
         scores = jnp.where(valid[None, :], dot(q, k.T), -jnp.inf)
-        new_max = jnp.maximum(row_max, scores.max(axis=1))
-        shift = new_max * (scale * _LOG2_E)
-        weights = exp2(scores, shift[:, None])
-        rescale = exp2(row_max, shift)
-        value_row = key_row + num_kv_heads * page_size
-        v = pltriton.load(kv_ref.at[value_row, dims], mask=valid[:, None], other=0.0)
+        new_top = jnp.maximum(top, scores.max(axis=1))
+        shift = new_top * call.log2_scale
+        weights = call.exp2(scores, shift[:, None])
+        rescale = call.exp2(top, shift)
+        value_row = key_row + call.to_value
+        v = pltriton.load(kv_ref.at[value_row, call.dims], mask=valid[:, None], other=0.0)
         acc = acc * rescale[:, None] + dot(weights.astype(v.dtype), v)
-        return next_page, new_max, row_sum * rescale + weights.sum(axis=1), acc
+        return next_page, _Softmax(new_top, total * rescale + weights.sum(axis=1), acc)
 
-    _, row_max, row_sum, acc = jax.lax.fori_loop(
-        first,
-        last,
-        attend_tile,
-        (
-            load_pages(first),
-            jnp.full(packed, -jnp.inf, jnp.float32),
-            jnp.zeros(packed, jnp.float32),
-            jnp.zeros((packed, head_dim), jnp.float32),
-        ),
+    first, last = _split_range(num_cached, split, call.num_splits, call.config)
+    _, softmax = jax.lax.fori_loop(first, last, attend_tile, (load_pages(first), begin))
+    return softmax
+
+
+def _combine_splits(
+    partial_ref, lse_ref, row: jax.Array, heads: jax.Array, num_live: jax.Array, call: _Call
+) -> _Softmax:
+    """One softmax out of all live splits', in the order of the splits, whoever came last."""
+
+    def merge(i, softmax):
+        splits = i * _COMBINED_AT_ONCE + jnp.arange(_COMBINED_AT_ONCE)
+        mask = (splits < num_live)[:, None] & call.in_group[None, :]
+        # Volatile: they were written by other programs, so not from this one's cache.
+        lse = pltriton.load(
+            lse_ref.at[row, splits[:, None], heads[None, :]],
+            mask=mask,
+            other=jnp.finfo(jnp.float32).min,
+            volatile=True,
+        )
+        partial = pltriton.load(
+            partial_ref.at[row, splits[:, None, None], heads[None, :, None], call.dims[None]],
+            mask=mask[:, :, None],
+            other=0.0,
+            volatile=True,
+        )
+        top = jnp.maximum(softmax.top, lse.max(axis=0))
+        weights, rescale = jnp.exp2(lse - top[None, :]), jnp.exp2(softmax.top - top)
+        return _Softmax(
+            top=top,
+            total=softmax.total * rescale + weights.sum(axis=0),
+            acc=softmax.acc * rescale[:, None] + (weights[:, :, None] * partial).sum(axis=0),
+        )
+
+    begin = _Softmax(
+        top=jnp.full(call.packed, jnp.finfo(jnp.float32).min),
+        total=jnp.zeros(call.packed, jnp.float32),
+        acc=jnp.zeros((call.packed, call.head_dim), jnp.float32),
     )
-    out = acc / jnp.where(row_sum > 0, row_sum, 1.0)[:, None]
+    return jax.lax.fori_loop(0, pl.cdiv(num_live, _COMBINED_AT_ONCE), merge, begin)
 
-    if num_splits == 1:
-        out = out.astype(out_ref.dtype)
-        pltriton.store(out_ref.at[row, heads[:, None], dims], out, mask=in_group[:, None])
-        return
 
-    @pl.when(first < last)
-    def _store_partial():
-        pltriton.store(out_ref.at[row, split, heads[:, None], dims], out, mask=in_group[:, None])
-        lse = row_max * (scale * _LOG2_E) + jnp.log2(row_sum)
-        pltriton.store(lse_ref[0].at[row, split, heads], lse, mask=in_group)
+def _split_tiles(num_cached: jax.Array, num_splits: int, config: TuningConfig) -> jax.Array:
+    num_tiles = pl.cdiv(num_cached, config.block_kv)
+    return jnp.maximum(pl.cdiv(num_tiles, num_splits), config.min_split_tiles)
 
 
 def _split_range(
-    kv_len: jax.Array, split: jax.Array, num_splits: int, config: TuningConfig
+    num_cached: jax.Array, split: jax.Array, num_splits: int, config: TuningConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Tiles [first, last) of a split; empty when the row needs fewer splits."""
-    num_tiles = pl.cdiv(kv_len, config.block_kv)
-    split_tiles = jnp.maximum(pl.cdiv(num_tiles, num_splits), config.min_split_tiles)
+    split_tiles = _split_tiles(num_cached, num_splits, config)
     first = split * split_tiles
-    return first, jnp.minimum(first + split_tiles, num_tiles)
+    return first, jnp.minimum(first + split_tiles, pl.cdiv(num_cached, config.block_kv))
 
 
-def _combine_kernel(
-    partial_ref,  # [B, num_splits, N, H] float32
-    lse_ref,  # [B, num_splits, N] float32
-    kv_lens_ref,  # [B]
-    out_ref,  # [B, N, H]
-    *,
-    num_splits: int,
-    config: TuningConfig,
-):
-    head, row = pl.program_id(0), pl.program_id(1)
-    splits = jnp.arange(num_splits)
-    first, last = _split_range(kv_lens_ref[row], splits, num_splits, config)
-    live = first < last  # the rest was never written
-    lse = pltriton.load(lse_ref.at[row, splits, head], mask=live, other=-jnp.inf)
-    top = jnp.where(kv_lens_ref[row] > 0, lse.max(axis=0), 0.0)
-    weights = jnp.exp2(lse - top)
-    partial = pltriton.load(
-        partial_ref.at[row, splits[:, None], head, jnp.arange(partial_ref.shape[-1])[None, :]],
-        mask=live[:, None],
-        other=0.0,
-    )
-    total = weights.sum(axis=0)
-    out = (weights[:, None] * partial).sum(axis=0) / jnp.where(total > 0, total, 1.0)
-    out_ref[row, head, :] = out.astype(out_ref.dtype)
+def _num_live_splits(num_cached: jax.Array, num_splits: int, config: TuningConfig) -> jax.Array:
+    """Splits that have something to read; the first is always live."""
+    num_tiles = pl.cdiv(num_cached, config.block_kv)
+    return jnp.maximum(pl.cdiv(num_tiles, _split_tiles(num_cached, num_splits, config)), 1)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))
 def paged_decode_attention(
     q: Float[Array, "B N H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+    cos: Float[Array, "B half"],
+    sin: Float[Array, "B half"],
     kv_pages: Float[Array, "pages 2 K page_size H"],
     page_table: Int[Array, "B P"],
     kv_lens: Int[Array, " B"],
@@ -192,8 +299,8 @@ def paged_decode_attention(
     scale: float,
     config: TuningConfig | None = None,
     interpret: bool = False,
-) -> Float[Array, "B N H"]:
-    """Attends one query token per row to its pages; see `api.paged_decode_attention`.
+) -> tuple[Float[Array, "B N H"], Float[Array, "pages 2 K page_size H"]]:
+    """Appends one token per row and attends to its pages; see `api.paged_decode_attention`.
 
     Args:
       config: Tile parameters; None takes `default_config`.
@@ -205,17 +312,22 @@ def paged_decode_attention(
     config = config or default_config(q)
     max_tokens = page_table.shape[1] * page_size
     num_splits = choose_num_splits(config, batch, num_kv_heads, max_tokens)
-
-    out_shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    partial_shape = (batch, num_splits, num_heads, head_dim)
-    partials = (
-        jax.ShapeDtypeStruct(partial_shape, jnp.float32),
-        jax.ShapeDtypeStruct(partial_shape[:-1], jnp.float32),
-    )
-    kernel = functools.partial(
-        _decode_kernel,
+    # Parts of one projection are one array again: XLA drops the cut and the glue.
+    qkv = jnp.concatenate([q, k, v], axis=1)
+    flat = kv_pages.reshape(-1, head_dim)
+    inputs = [qkv, cos, sin, flat, page_table, kv_lens]
+    outputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, flat)]
+    if num_splits > 1:
+        # NOTE: the kernel counts in this input, and leaves it as it was, all zero: XLA may give
+        # the same zeros to every call, which run one after another.
+        inputs.append(jnp.zeros((batch, num_kv_heads), jnp.int32))
+        partial_shape = (batch, num_splits, num_heads, head_dim)
+        outputs.append(jax.ShapeDtypeStruct(partial_shape, jnp.float32))
+        outputs.append(jax.ShapeDtypeStruct(partial_shape[:-1], jnp.float32))
+    call = _Call(
         group=num_heads // num_kv_heads,
         num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         page_size=page_size,
         num_splits=num_splits,
         scale=scale,
@@ -224,10 +336,11 @@ def paged_decode_attention(
     )
     # The lengths are not known here; the pool bounds what all rows together can hold.
     kv_tokens = min(batch * page_table.shape[1], num_pages) * page_size
-    out = pl.pallas_call(
-        kernel,
+    out, flat, *_ = pl.pallas_call(
+        functools.partial(_decode_kernel, call=call),
         grid=(num_kv_heads, batch, num_splits),
-        out_shape=out_shape if num_splits == 1 else partials,
+        out_shape=outputs,
+        input_output_aliases={3: 1},
         compiler_params=pltriton.CompilerParams(
             num_warps=config.num_warps, num_stages=config.num_stages
         ),
@@ -238,21 +351,5 @@ def paged_decode_attention(
         ),
         interpret=interpret,
         name="paged_decode_attention",
-    )(q, kv_pages.reshape(-1, head_dim), page_table, kv_lens)
-    if num_splits == 1:
-        return out
-    return pl.pallas_call(
-        functools.partial(_combine_kernel, num_splits=num_splits, config=config),
-        grid=(num_heads, batch),
-        out_shape=out_shape,
-        compiler_params=pltriton.CompilerParams(
-            num_warps=1 if num_splits * head_dim <= 1024 else 4, num_stages=1
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * math.prod(partial_shape),
-            transcendentals=math.prod(partial_shape[:-1]),
-            bytes_accessed=4 * math.prod(partial_shape),
-        ),
-        interpret=interpret,
-        name="paged_decode_attention_combine",
-    )(*out, kv_lens)
+    )(*inputs)
+    return out, flat.reshape(kv_pages.shape)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 import jaxengine
@@ -36,6 +37,21 @@ def step_engine(step_settings: dict[str, Any], tokenizer: Any) -> Iterator[jaxen
     model = tiny.engine_arguments()
     with jaxengine.Engine(**model, tokenizer=tokenizer, **step_settings) as engine:
         engine.wait_until_compiled()
+        yield engine
+        assert_idle(engine)
+
+
+POISON = 300
+"""A token whose embedding is NaN in the `poisoned_engine`."""
+
+
+@pytest.fixture(scope="session")
+def poisoned_engine(settings: dict[str, Any], tokenizer: Any) -> Iterator[jaxengine.Engine]:
+    """The tiny model with one bad token: only requests that hold it fail."""
+    embedding = tiny.TENSORS["model.embed_tokens.weight"].copy()
+    embedding[POISON] = np.nan
+    model = tiny.engine_arguments({**tiny.TENSORS, "model.embed_tokens.weight": embedding})
+    with jaxengine.Engine(**model, tokenizer=tokenizer, **settings) as engine:
         yield engine
         assert_idle(engine)
 

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxengine import Engine
 from jaxengine.errors import NaNLogitsError, PromptTooLongError, RequestError, StepError
 from jaxengine.scheduler.plan import DecodePlan
 from tests.engine import tiny
-from tests.engine.conftest import assert_idle
+from tests.engine.conftest import POISON, assert_idle
 
 GREEDY = {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True}
 [PROMPT] = tiny.prompts_of(6)
@@ -162,20 +161,6 @@ def test_failed_device_step_fails_its_requests_and_no_others(
         else:
             tiny.assert_greedy(prompt, output["output_ids"])
     assert_idle(engine)
-
-
-POISON = 300
-
-
-@pytest.fixture(scope="module")
-def poisoned_engine(settings: dict[str, Any]) -> Any:
-    """One token's embedding is NaN: only requests that hold it fail."""
-    embedding = tiny.TENSORS["model.embed_tokens.weight"].copy()
-    embedding[POISON] = np.nan
-    tensors = {**tiny.TENSORS, "model.embed_tokens.weight": embedding}
-    with Engine(**tiny.engine_arguments(tensors), **settings) as engine:
-        yield engine
-        assert_idle(engine)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxengine.errors import RequestError, SamplerError
-from jaxengine.runtime import samplers
+from jaxengine.runtime import runner, samplers
 from jaxengine.sampling import (
     Draw,
     LogitsTransform,
@@ -32,10 +32,20 @@ from jaxengine.sampling import (
 )
 from tests.engine import tiny
 from tests.engine.conftest import wait_for
+from tests.engine.test_windows import compilations
 
 GREEDY = {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True}
 PROMPT, OTHER, LONG = tiny.prompts_of(6, 9, 90)
 SURPRISED = {"mirostat_tau": 3.0, "seed": 7, "max_new_tokens": 60, "ignore_eos": True}
+
+
+FUSE_AFTER_STEPS = runner.FUSE_AFTER_STEPS
+
+
+@pytest.fixture(autouse=True)
+def stays_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samplers stay in split form but where a test says otherwise: fusing them takes time."""
+    monkeypatch.setattr(runner, "FUSE_AFTER_STEPS", 1 << 30)
 
 
 def mirostat() -> Sampler:
@@ -86,7 +96,9 @@ def test_what_a_function_closes_over_makes_it_another(engine: Any):
             text.append(token)
 
 
-def test_split_and_fused_forms_draw_the_same(engine: Any):
+def test_split_and_fused_forms_draw_the_same(engine: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner, "FUSE_AFTER_STEPS", FUSE_AFTER_STEPS)
+
     def run() -> Any:
         return engine.generate(
             input_ids=[PROMPT, OTHER], sampling_params=SURPRISED, sampler=mirostat()
@@ -110,11 +122,11 @@ def test_split_and_fused_forms_draw_the_same(engine: Any):
 
 def test_values_never_recompile_and_are_checked(engine: Any):
     engine.generate(input_ids=PROMPT, sampling_params=SURPRISED, sampler=mirostat())
-    before = compiled(engine)
-    for tau in (1.0, 2.5, 5):
-        params = {**SURPRISED, "mirostat_tau": tau}
-        engine.generate(input_ids=PROMPT, sampling_params=params, sampler=mirostat())
-    assert compiled(engine) == before
+    with compilations() as events:
+        for tau in (1.0, 2.5, 5):
+            params = {**SURPRISED, "mirostat_tau": tau}
+            engine.generate(input_ids=PROMPT, sampling_params=params, sampler=mirostat())
+    assert events == []
     for params, error, words in (
         ({"mirostat_tau": -1}, RequestError, "`mirostat_tau` must be"),
         ({"mirostat_tua": 1}, TypeError, "did you mean `mirostat_tau`"),
@@ -278,7 +290,11 @@ def test_captures_come_with_every_token(engine: Any, is_streaming: bool):
     params = {"temperature": 0.5, "seed": 1, "max_new_tokens": 25, "ignore_eos": True}
     call = {"input_ids": PROMPT, "sampling_params": params}
     plain = ids(engine.generate(**call))
-    capture = {"entropy": entropy, "rank": lambda logits, drawn, ctx: drawn.token > 100}
+    capture = {
+        "entropy": entropy,
+        "rank": lambda logits, drawn, ctx: drawn.token > 100,
+        "raw": lambda logits, drawn, ctx: jax.lax.top_k(jax.nn.log_softmax(logits), 3),
+    }
     output = engine.generate(**call, capture=capture, stream=is_streaming)
     if is_streaming:
         *_, output = output
@@ -288,6 +304,10 @@ def test_captures_come_with_every_token(engine: Any, is_streaming: bool):
     assert captured["rank"].tolist() == [token > 100 for token in plain]
     text = PROMPT + plain
     logits = tiny.forward(tiny.TENSORS, tiny.CONFIG, text)[len(PROMPT) - 1 : -1]
+    top = np.argsort(-logits, axis=-1)[:, :3]
+    np.testing.assert_array_equal(captured["raw/1"], top)
+    raw = np.take_along_axis(tiny.log_softmax(logits), top, axis=-1)
+    np.testing.assert_allclose(captured["raw/0"], raw, rtol=1e-3, atol=1e-4)
     log_p = tiny.log_softmax(logits / 0.5)
     np.testing.assert_allclose(
         captured["entropy"], -(np.exp(log_p) * log_p).sum(-1), rtol=1e-3, atol=1e-4

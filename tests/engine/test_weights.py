@@ -134,10 +134,36 @@ def test_who_runs_may_go_on_with_the_new_ones(live: Any):
         assert best[mine].tolist() == np.asarray(ids)[mine].tolist()
 
 
+def test_who_was_retracted_is_computed_anew_with_the_new_ones(live: Any):
+    """Keys and values, too: from there on the text is that of the new weights alone."""
+    stream = live.generate(input_ids=PROMPT, sampling_params=LONG, stream=True)
+    next(stream)
+    live.pause("retract")
+    live.update_weights(NEW, version="new")
+    live.resume()
+    *_, last = stream
+    ids, versions = last["output_ids"], last["meta_info"]["output_weight_versions"]
+    for version, tensors in (("old", OLD), ("new", NEW)):
+        best = tiny.step_logits(PROMPT, ids, tensors=tensors).argmax(axis=-1)
+        mine = [name == version for name in versions]
+        assert sum(mine) and best[mine].tolist() == np.asarray(ids)[mine].tolist()
+
+
+def test_pages_of_who_is_paused_in_place_stay(live: Any):
+    stream = live.generate(input_ids=PROMPT, sampling_params=LONG, stream=True)
+    next(stream)
+    live.pause()
+    with pytest.raises(RequestError, match="paused in place hold pages"):
+        live.release_memory(["kv_cache"])
+    live.resume()
+    *_, last = stream
+    tiny.assert_greedy(PROMPT, last["output_ids"])
+
+
 def test_bad_arguments_are_refused(live: Any):
     with pytest.raises(RequestError, match='`running` must be "finish" or "keep"'):
         live.update_weights(OLD, running="wait")
-    with pytest.raises(RequestError, match="Weights are not sent between processes"):
+    with pytest.raises(AttributeError, match="weights are not sent between processes"):
         live.update_weights_from_distributed(["x"], ["float32"], [(1,)])
     with pytest.raises(RequestError, match="`tags` must be among weights, kv_cache"):
         live.release_memory(["pages"])

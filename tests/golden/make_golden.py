@@ -116,6 +116,7 @@ def small(architecture: str, rope: dict[str, object], **values: object) -> dict[
             intermediate_size=40,
             num_attention_heads=4,
             num_key_value_heads=2,
+            num_hidden_layers=1,
             rope_theta=10000.0,
             rope_scaling=rope or None,
         )

@@ -7,27 +7,48 @@ TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2}
 """Allowed error, absolute and relative, by dtype of the inputs."""
 
 
-def assert_close(got: jax.Array, want: jax.Array | np.ndarray):
+def assert_close(got: jax.Array, want: jax.Array | np.ndarray, *, equal_nan: bool = False):
     tolerance = TOLERANCE[str(got.dtype)]
     np.testing.assert_allclose(
         np.asarray(got, np.float64),
         np.asarray(want, np.float64),
         atol=tolerance,
         rtol=tolerance,
-        equal_nan=False,
+        equal_nan=equal_nan,
     )
 
 
 def paged_decode_attention(
-    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, kv_lens: jax.Array, scale: float
-) -> np.ndarray:
-    queries, kv = np.asarray(q, np.float64), np.asarray(kv_pages, np.float64)
-    out = np.zeros(q.shape)
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    kv_pages: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    scale: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What every row's query finds, and the cache, NaN where nothing was written."""
+    dtype = q.dtype
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    q, k = (rotate(x, np.asarray(cos), np.asarray(sin)).astype(dtype) for x in (q, k))
+    kv, table = np.asarray(kv_pages, np.float64), np.asarray(page_table)
+    page_size, out = kv.shape[3], np.zeros(q.shape)
     for row, kv_len in enumerate(np.asarray(kv_lens)):
         if kv_len:
-            k, v = row_tokens(kv, np.asarray(page_table)[row], kv_len)
-            out[row] = attend(queries[row], k, v, scale)
-    return out
+            page, offset = table[row, (kv_len - 1) // page_size], (kv_len - 1) % page_size
+            kv[page, 0, :, offset], kv[page, 1, :, offset] = k[row], v[row]
+            keys, values = row_tokens(kv, table[row], kv_len)
+            out[row] = attend(np.asarray(q[row], np.float64), keys, values, scale)
+    return out, kv
+
+
+def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Each pair (i, i + H/2) of a head as a complex number, turned by its angle."""
+    half = x.shape[-1] // 2
+    turned = (x[..., :half] + 1j * x[..., half:]) * (cos + 1j * sin)[:, None]
+    return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
 def ragged_prefill_attention(

@@ -179,8 +179,11 @@ def test_gguf_that_is_not_read_is_refused_by_name(tmp_path: Path):
     with pytest.raises(UnsupportedModelError, match=r"`general.architecture` .* 'gemma'"):
         read_model_config(tmp_path / "other.gguf")
     (tmp_path / "broken.gguf").write_bytes(b"GGML, not GGUF" * 10)
-    with pytest.raises(ConfigError, match="is not a GGUF file that can be read"):
+    with pytest.raises(ConfigError, match="is not a GGUF file of version"):
         read_model_config(tmp_path / "broken.gguf")
+    (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ConfigError, match=r"The header of .*cut\.gguf cannot be read"):
+        read_model_config(tmp_path / "cut.gguf")
 
 
 def test_gguf_tensors_that_do_not_fit_are_named(tmp_path: Path):

@@ -84,8 +84,7 @@ def context(
 
 def no_wants(rows: int) -> Wants:
     """Nobody wants logprobs."""
-    nobody = jnp.zeros(rows, bool)
-    return Wants(nobody, nobody, jnp.full((rows, 1), -1, jnp.int32), 1)
+    return Wants(jnp.zeros(rows, bool), None, jnp.full((rows, 1), -1, jnp.int32), 1)
 
 
 _STEPS: dict[Any, Any] = {}

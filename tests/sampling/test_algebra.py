@@ -9,9 +9,10 @@ import pytest
 
 import jaxengine.sampling as s
 from jaxengine.sampling import LogitsTransform
-from jaxengine.sampling.logprobs import BLOCK, Wants, largest
+from jaxengine.sampling.logprobs import Wants, largest
 from jaxengine.sampling.sampler import NAN_TOKEN, NO_TOKEN, default_sampler
 from jaxengine.types import Param
+from pallas_kernels.vocab_blocks import BLOCK
 from tests.sampling.harness import context, loop, step
 from tests.sampling.oracle import softmax
 

@@ -21,7 +21,7 @@ from tests.sampling.test_builtins import LOGITS, ROWS, TEXTS, VALUES, expected, 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
 V = 151_936
-NUM_DRAWS, DRAWS_AT_ONCE = 300, 20
+NUM_DRAWS, DRAWS_AT_ONCE = 240, 20
 """Draws of a row, and how many of them one step makes: logits take 0.6 MB a row."""
 
 

@@ -91,6 +91,10 @@ class Driver:
             self.aborted.add(seq_id)
         self.check()
 
+    def pause(self, *, keeps_pages: bool) -> None:
+        """Pauses, as the core does; what fails meanwhile is told as in a step."""
+        self.receive(self.core.pause(keeps_pages=keeps_pages))
+
     def step(self) -> list[SequenceUpdate]:
         self.num_steps += 1
         living, num_failed = self.living, len(self.runner.failed)

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from jaxengine.log import logger
 from jaxengine.scheduler.buckets import Buckets
+from jaxengine.scheduler.plan import PrefillPlan
+from jaxengine.scheduler.policy import Policy
 from jaxengine.types import SequenceRequest
 from tests.fake_runner import NAN_TOKEN, VOCAB_SIZE, Fault, make_request
 from tests.scheduler.driver import Driver
@@ -48,6 +50,7 @@ class Visit:
       logprob_start: As it says.
       is_stateful: As it says.
       salt: Its namespace in the prefix cache.
+      priority: As it says.
     """
 
     wait: int
@@ -65,6 +68,7 @@ class Visit:
     logprob_start: int | None
     is_stateful: bool
     salt: str | None
+    priority: int
 
     @property
     def num_members(self) -> int:
@@ -89,6 +93,7 @@ class Visit:
             is_stateful=self.is_stateful,
             logprob_start=self.logprob_start,
             cache_namespace=self.salt,
+            priority=self.priority,
             # Few seeds and one formula for all: many prompts begin alike.
             prompt_ids=prompt(self.prompt_len, self.seed),
             companions=tuple(
@@ -113,6 +118,8 @@ class Trace:
       is_eager: See `FakeRunner`.
       faults: See `FakeRunner`.
       has_prefix_cache: As it says.
+      policy: As it says.
+      pause: At which step there is one, and whether pages are kept; None for none.
     """
 
     visits: list[Visit]
@@ -125,6 +132,8 @@ class Trace:
     is_eager: bool
     faults: dict[int, Fault]
     has_prefix_cache: bool
+    policy: Policy
+    pause: tuple[int, bool] | None
 
     def driver(self) -> Driver:
         longest = max(
@@ -147,7 +156,18 @@ class Trace:
             is_eager=self.is_eager,
             is_ready=lambda key: bool(self.ready >> (sum(key[1:]) % 8) & 1),
             has_prefix_cache=self.has_prefix_cache,
+            policy=self.policy,
         )
+
+
+POLICIES = [
+    Policy(),
+    Policy(),
+    Policy(schedule_policy="lpm"),
+    Policy(schedule_policy="priority"),
+    Policy(schedule_policy="priority", preemption_threshold=1),
+    Policy(schedule_policy="priority", preemption_threshold=None, low_values_first=True),
+]
 
 
 def traces(faults: st.SearchStrategy[dict[int, Fault]]) -> st.SearchStrategy[Trace]:
@@ -168,6 +188,7 @@ def traces(faults: st.SearchStrategy[dict[int, Fault]]) -> st.SearchStrategy[Tra
         logprob_start=st.sampled_from([None] * 5 + [0, 1, 9, 40]),
         is_stateful=st.booleans(),
         salt=st.sampled_from([None] * 5 + ["salt"]),
+        priority=st.sampled_from([0, 0, 0, 3, 11, -20]),
     )
     return st.builds(
         Trace,
@@ -181,10 +202,12 @@ def traces(faults: st.SearchStrategy[dict[int, Fault]]) -> st.SearchStrategy[Tra
         is_eager=st.booleans(),
         faults=faults,
         has_prefix_cache=st.sampled_from([True] * 4 + [False]),
+        policy=st.sampled_from(POLICIES),
+        pause=st.none() | st.tuples(st.integers(0, 30), st.booleans()),
     )
 
 
-def run_trace(trace: Trace) -> Driver:
+def run_trace(trace: Trace) -> None:
     driver = trace.driver()
     arrivals, aborts, now = {}, {}, 0
     for seq_id, visit in enumerate(trace.visits):
@@ -196,11 +219,30 @@ def run_trace(trace: Trace) -> Driver:
         driver.add(*arrivals.get(step, []))
         for seq_id in aborts.get(step, []):
             driver.abort(seq_id)
+        if trace.pause is not None and trace.pause[0] == step:
+            driver.pause(keeps_pages=trace.pause[1])
+            assert driver.step() == []
+            driver.core.resume()
         driver.step()
     # Far above the worst seen: every token in a window of its own, and each step read apart.
     work = sum(v.prompt_len + v.max_new_tokens + sum(v.companion_lens) for v in trace.visits)
     driver.run(max_steps=100 + 10 * work)
-    return driver
+    assert_order(trace, driver)
+
+
+def assert_order(trace: Trace, driver: Driver) -> None:
+    """Who comes first starts first, where nothing says otherwise: what is being computed for
+    another is waited for, and a group that needs many slots lets others pass."""
+    is_simple = not trace.has_prefix_cache and not any(v.companion_lens for v in trace.visits)
+    if trace.policy.schedule_policy == "fcfs" and is_simple:
+        started = [
+            row.request.seq_id
+            for plan in driver.runner.plans
+            if isinstance(plan, PrefillPlan)
+            for row in plan.new_rows
+        ]
+        first = list(dict.fromkeys(started))
+        assert first == sorted(first)
 
 
 SLOW = [HealthCheck.data_too_large, HealthCheck.too_slow]

@@ -7,6 +7,7 @@ import pytest
 
 from jaxengine.scheduler.decode import STREAM_WINDOW_STEPS
 from jaxengine.scheduler.plan import DecodePlan, PrefillPlan
+from jaxengine.scheduler.prefill import STREAM_CHUNK_TOKENS
 from jaxengine.scheduler.scheduler import MAX_PREFILLS_IN_A_ROW
 from jaxengine.scheduler.sequence import Sequence
 from jaxengine.types import SequenceRequest, StopReason
@@ -62,6 +63,43 @@ def test_many_small_prompts_take_a_bucket_with_enough_rows():
     assert plan.num_tokens == 512 and len(plan.rows) == 12
 
 
+def test_prefill_fills_its_bucket_and_the_rest_goes_with_the_next():
+    """1,500 tokens would leave 2,596 places of 4,096 empty."""
+    buckets = make_buckets(prefill_tokens=(64, 1024, 4096), pages_per_sequence=512)
+    driver = Driver(buckets, num_pages=2000)
+    driver.add(make_request(0, 4, 200))
+    driver.step()
+    driver.add(*(make_request(i, 500, 40) for i in range(1, 4)))
+    for _ in range(3):
+        driver.step()
+    assert kinds(driver) == "ppdp"
+    sizes = [
+        (plan.num_tokens, sum(len(r.token_ids) for r in plan.rows)) for plan in prefills(driver)
+    ]
+    # The rest waits for a window: alone it would not be worth another prefill.
+    assert sizes[1:] == [(1024, 1024), (1024, 476)] or sizes[1:] == [(1024, 1024), (64, 64)]
+    driver.run()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_rows", "size"),
+    [
+        (1, 1, 64),
+        (64, 8, 64),
+        (64, 9, 1024),  # 256 has eight rows, too
+        (300, 1, 256),
+        (700, 1, 256),
+        (900, 1, 1024),
+        (5000, 10, 4096),
+        (9000, 20, 8192),
+        (5120, 256, 8192),  # of 4,096 tokens 205 rows would be full, and there are 128
+    ],
+)
+def test_bucket_of_a_full_prefill(num_tokens: int, num_rows: int, size: int):
+    buckets = make_buckets(num_slots=256, prefill_tokens=(64, 256, 1024, 2048, 4096, 8192))
+    assert buckets.full_prefill(num_tokens, num_rows) == size
+
+
 def test_prefill_takes_no_more_rows_than_its_program_has():
     driver = Driver(make_buckets(num_slots=16, prefill_tokens=(64,)))
     driver.add(*(make_request(i, 1, 1) for i in range(12)))
@@ -77,6 +115,26 @@ def test_prompts_do_not_stall_a_stream():
     driver.add(*(make_request(i, 60, 1) for i in range(1, 5)))
     driver.run()
     assert "pp" not in kinds(driver)
+
+
+def test_gap_of_a_stream_is_at_most_a_window_and_a_chunk():
+    """However long the prompts are that arrive, and however many."""
+    sizes = (64, 1024, 2048, 8192)
+    driver = Driver(make_buckets(prefill_tokens=sizes, page_size=64), num_pages=600)
+    driver.add(make_request(0, 4, 80, is_streaming=True))
+    for _ in range(3):
+        driver.step()
+    before = len(driver.runner.plans)
+    driver.add(*(make_request(i, 5000, 20) for i in range(1, 3)))
+    while 0 not in driver.endings:
+        driver.step()
+    plans = driver.runner.plans[before:]
+    rounds = "".join("p" if isinstance(p, PrefillPlan) else "d" for p in plans).split("d")
+    assert max(map(len, rounds)) == 1
+    assert max(p.num_tokens for p in plans if isinstance(p, PrefillPlan)) == STREAM_CHUNK_TOKENS
+    steps = [p.num_steps for p in plans if isinstance(p, DecodePlan)]
+    assert max(steps) < 2 * STREAM_WINDOW_STEPS
+    driver.run()
 
 
 def test_prompts_come_first_when_nobody_streams():

@@ -1,5 +1,6 @@
 """Batch jobs over a fake engine: formats, odd rows, keys, settings."""
 
+import contextlib
 import io
 import json
 import sys
@@ -8,12 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxengine.errors import ConfigError, JobError
 from jaxengine.params import derive_seed
 from jaxengine.serve import batch
-from jaxengine.serve.batch.read import read
+from jaxengine.serve.batch.keys import Keys
+from jaxengine.serve.batch.read import Record, read
+from jaxengine.serve.batch.rows import RowReader
 from tests.serve.batch_files import SUFFIXES, by_id, read_results, write_lines
 from tests.serve.fake_engine import CONTEXT_LENGTH, FakeEngine
 
@@ -21,10 +27,9 @@ ROWS = [{"custom_id": f"r{i}", "prompt": f"the fox {i}", "score": i / 2} for i i
 PARAMS = {"seed": 5, "temperature": 1.0}
 
 
-def run(source: Path, target: Path, **settings: Any) -> batch.Report:
-    engine = settings.pop("engine", None) or FakeEngine()
-    settings = {"sampling_params": PARAMS, **settings}
-    return batch.run(source, target, engine=engine, **settings)
+def run(source: Path, target: Path, **job: Any) -> batch.Report:
+    engine = job.pop("engine", None) or FakeEngine()
+    return batch.run(source, target, engine=engine, **{"sampling_params": PARAMS, **job})
 
 
 @pytest.fixture
@@ -230,10 +235,12 @@ def test_openai_batch_lines_are_answered_in_kind(tmp_path: Path):
         line("chat", "/v1/chat/completions", messages=turns, temperature=0.5, seed=3),
         line("text", "/v1/completions", prompt="the fox", n=2),
         line("bad", "/v1/completions", prompt="the fox", tools=[{"type": "function"}]),
+        line("odd", "/v1/completions", prompt="the fox", stream_options=[1]),
+        line("half", "/v1/completions", prompt="\ud800"),
         line("where", "/v1/embeddings", input="the fox"),
     ]
     run(write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
-    chat, text, bad, where = read_results(tmp_path / "out.jsonl")
+    chat, text, bad, odd, half, where = read_results(tmp_path / "out.jsonl")
     assert [row["custom_id"] for row in (chat, text, bad, where)] == [
         "chat",
         "text",
@@ -247,8 +254,56 @@ def test_openai_batch_lines_are_answered_in_kind(tmp_path: Path):
     assert message == {"role": "assistant", "content": "<user>who?<assistant>|3", "refusal": None}
     assert [choice["index"] for choice in text["response"]["body"]["choices"]] == [0, 1]
     assert "`tools` is not supported" in bad["error"]["message"]
+    assert "`stream_options` must be an object" in odd["error"]["message"]
+    assert "half a surrogate pair" in half["error"]["message"]
     assert "`url` must be" in where["error"]["message"]
-    assert run(tmp_path / "in.jsonl", tmp_path / "out.jsonl").num_done == 0
+    for target in ("out.jsonl", "out.parquet"):
+        run(tmp_path / "in.jsonl", tmp_path / target)
+        assert run(tmp_path / "in.jsonl", tmp_path / target).num_done == 0
+    nested = by_id(tmp_path / "out.parquet")["chat"]
+    assert nested["response"]["body"]["choices"] == body["choices"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+NAMES = "custom_id id prompt text messages input_ids sampling_params body url method".split()
+OWN = {
+    "role": st.sampled_from(["user", "system", 3]),
+    "content": JSON,
+    "prompt": JSON,
+    "messages": JSON,
+    "stop": JSON,
+    "n": JSON,
+    "max_tokens": JSON,
+}
+VALUES = (
+    JSON
+    | st.sampled_from(["/v1/completions", "/v1/chat/completions", "the fox"])
+    | st.fixed_dictionaries({}, optional=OWN)
+    | st.lists(st.fixed_dictionaries({}, optional=OWN), max_size=2)
+)
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES), min_size=1, max_size=4))
+@settings(max_examples=150, deadline=None)
+def test_whatever_a_row_holds_it_becomes_a_row(values: list[dict[str, Any]]):
+    with contextlib.closing(Keys()) as keys:
+        config = batch.BatchConfig(system="Be brief.", overlong="truncate")
+        reader = RowReader(config, FakeEngine().tokenizer, 64, keys, PARAMS, is_typed=False)
+        rows = list(reader.read(Record(i, value) for i, value in enumerate(values)))
+    assert len({row.key for row in rows}) == len(values)
+    assert all(bool(row.arguments) != (row.error is not None) for row in rows)
+
+
+def test_an_id_that_is_used_twice_hides_no_other(tmp_path: Path):
+    rows = [{"id": name, "prompt": "a"} for name in ("a", "a", "a#1", "a")]
+    run(write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
+    found = by_id(tmp_path / "out.jsonl")
+    assert len(found) == 4
+    assert [name for name, row in found.items() if "error" not in row] == ["a", "a#1"]
 
 
 def test_too_many_errors_end_the_job_but_not_its_work(tmp_path: Path):
@@ -267,7 +322,7 @@ def test_limit_reads_the_first_rows(tmp_path: Path, source: Path):
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    "bad, message",
     [
         ({"overlong": "cut"}, "`overlong` must be error or truncate"),
         ({"format": "csv"}, "`format` must be one of"),
@@ -275,9 +330,9 @@ def test_limit_reads_the_first_rows(tmp_path: Path, source: Path):
         ({"rows_per_part": 0}, "`rows_per_part` must be at least 1"),
     ],
 )
-def test_bad_settings_are_named(settings: dict[str, Any], message: str):
+def test_bad_settings_are_named(bad: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
-        batch.BatchConfig(**settings)
+        batch.BatchConfig(**bad)
 
 
 @pytest.mark.parametrize("text", ["4/4", "-1/4", "1", "a/b", "1/0"])

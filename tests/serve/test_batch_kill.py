@@ -15,9 +15,7 @@ import jaxengine
 from jaxengine.serve import batch
 from tests.serve.batch_files import read_results, write_lines
 
-NUM_KILLS = 2
-"""Starting an engine takes seconds; there are five in the nightly run."""
-PARAMS = {"temperature": 1.0, "max_new_tokens": 4, "seed": 11}
+PARAMS = {"temperature": 1.0, "max_new_tokens": 2, "seed": 11}
 WORDS = "love death night crown sword king heart tongue blood grace heaven tears".split()
 
 
@@ -61,36 +59,36 @@ def run_and_kill(processes: Any, source: Path, target: Path, num_more: int | Non
 
 
 def check(
-    processes: Any,
-    demo: Any,
-    settings: Any,
-    tmp_path: Path,
-    suffix: str,
-    *,
-    num_rows: int,
-    num_kills: int,
+    processes: Any, engine: Any, settings: Any, folder: Path, suffix: str, num_rows: int, kills: int
 ):
-    source = write_lines(tmp_path / "in.jsonl", make_rows(num_rows))
-    job = {"sampling_params": PARAMS, "rows_per_part": num_rows // 30, "sync_s": 0.05}
-    report = batch.run(source, tmp_path / f"whole.{suffix}", engine=demo, **job)
-    assert (report.num_done, report.num_errors) == (num_rows, 0)
-    expected = read_results(tmp_path / f"whole.{suffix}")
-    target = tmp_path / f"out.{suffix}"
-    job |= {"model_path": jaxengine.DEMO_MODEL, "engine_settings": settings}
+    source = write_lines(folder / "in.jsonl", make_rows(num_rows))
+    whole = folder / "whole.jsonl"
+    batch.run(source, whole, engine=engine, sampling_params=PARAMS)
+    target = folder / f"out.{suffix}"
+    job = {
+        "sampling_params": PARAMS,
+        "rows_per_part": num_rows // 30,
+        "sync_s": 0.05,
+        "model_path": jaxengine.DEMO_MODEL,
+        "engine_settings": settings,
+    }
     rng = random.Random(7)
     most = num_rows // 8 if suffix == "jsonl" else 3
-    for _ in range(num_kills):
+    for _ in range(kills):
         code = run_and_kill(processes, source, target, rng.randint(1, most), **job)
         assert code == -signal.SIGKILL
     assert run_and_kill(processes, source, target, None, **job) == 0
-    assert read_results(target) == expected
+    results = read_results(target)
+    assert len(results) == num_rows
+    assert results == read_results(whole)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_job_killed_at_random_ends_as_if_it_had_not_been(
     processes: Any, demo: Any, demo_settings: Any, tmp_path: Path, suffix: str
 ):
-    check(processes, demo, demo_settings, tmp_path, suffix, num_rows=300, num_kills=NUM_KILLS)
+    # Starting an engine takes seconds; there are five kills in the nightly run.
+    check(processes, demo, demo_settings, tmp_path, suffix, num_rows=300, kills=2)
 
 
 @pytest.mark.nightly
@@ -100,4 +98,4 @@ def test_a_job_killed_at_random_ends_as_if_it_had_not_been(
 def test_a_job_killed_five_times_ends_as_if_it_had_not_been(
     processes: Any, demo: Any, demo_settings: Any, tmp_path: Path, suffix: str, num_rows: int
 ):
-    check(processes, demo, demo_settings, tmp_path, suffix, num_rows=num_rows, num_kills=5)
+    check(processes, demo, demo_settings, tmp_path, suffix, num_rows=num_rows, kills=5)

@@ -7,6 +7,7 @@ import pytest
 import regex
 
 from jaxengine.errors import RequestError
+from jaxengine.text import patterns as patterns_module
 from jaxengine.text.detokenizer import Detokenizer, Vocabulary
 from jaxengine.text.patterns import compile_pattern
 from tests.text.tokenizers_for_tests import byte_level
@@ -83,3 +84,10 @@ def test_a_match_is_kept_on_request(vocabulary: Any):
 def test_bad_patterns_are_refused(pattern: str):
     with pytest.raises(RequestError, match="`stop_regex`"):
         compile_pattern(pattern)
+
+
+def test_a_pattern_without_end_fails_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(patterns_module, "TIMEOUT_S", 0.05)
+    search = patterns_module.PatternSearch([r"(?:a|a)*(?:a|a)*(?:a|a)*\d"])
+    with pytest.raises(RequestError, match="took longer than"):
+        search.push(b"a" * 200)

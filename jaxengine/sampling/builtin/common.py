@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxengine.sampling.context import SamplingContext
 from jaxengine.sampling.contract import name_of
@@ -84,38 +84,6 @@ def keep_from(
 
     bounds.__qualname__ = name_of(lowest)
     return keep_between(bounds, is_on, **fields)
-
-
-def ordered(x: Float[Array, "*B V"]) -> UInt[Array, "*B V"]:
-    """Unsigned integers in the order of the floats: sign-magnitude made two's complement."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    return jnp.where(bits & sign, ~bits, bits | sign)
-
-
-type Thresholds = tuple[UInt[Array, " B"], ...]
-
-
-def largest_thresholds(
-    hold: Callable[..., tuple[Bool[Array, " B"], ...]], shape: tuple[int, int]
-) -> Thresholds:
-    """The largest thresholds for which monotone predicates hold, bit by bit; no sort.
-
-    All searches share their 32 passes over the logits.
-
-    Args:
-      hold: Thresholds, one [B] array a predicate, -> whether each holds.
-      shape: Rows, predicates.
-    """
-
-    def try_bit(i: Int[Array, ""], found: Thresholds) -> Thresholds:
-        bit = jnp.uint32(1) << (31 - i).astype(jnp.uint32)
-        candidates = tuple(t | bit for t in found)
-        held = hold(*candidates)
-        return tuple(jnp.where(h, c, t) for h, c, t in zip(held, candidates, found, strict=True))
-
-    num_rows, num_predicates = shape
-    return jax.lax.fori_loop(0, 32, try_bit, (jnp.zeros(num_rows, jnp.uint32),) * num_predicates)
 
 
 def scatter_ids(

@@ -11,13 +11,12 @@ from jaxengine.sampling.builtin.common import (
     entropy,
     keep_between,
     keep_from,
-    largest_thresholds,
     number_in,
-    ordered,
 )
 from jaxengine.sampling.context import SamplingContext
 from jaxengine.sampling.transforms import Logits, LogitsTransform, State, when
 from jaxengine.types import Param
+from pallas_kernels.threshold_search import largest_threshold, ordered
 
 _FRACTION = number_in(0.0, 1.0, "must be a number in [0, 1]")
 
@@ -90,11 +89,9 @@ def typical() -> LogitsTransform:
             centre = norm - entropy(logits)
             p = jnp.exp(logits - norm[:, None])
             nearness = ordered(-distance(centre))
-            (least,) = largest_thresholds(
-                lambda t: (
-                    jnp.where(nearness >= t[:, None], p, 0.0).sum(axis=-1) >= ctx.typical_p,
-                ),
-                (logits.shape[0], 1),
+            least = largest_threshold(
+                lambda t: jnp.where(nearness >= t[:, None], p, 0.0).sum(axis=-1) >= ctx.typical_p,
+                logits.shape[0],
             )
             is_far = nearness < least[:, None]
             return centre, jnp.where(is_far, 0.0, distance(centre)).max(axis=-1)

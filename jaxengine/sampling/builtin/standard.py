@@ -2,22 +2,20 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, UInt
+from jaxtyping import Array, Bool
 
 from jaxengine.sampling.builtin.common import (
     LARGEST,
     SMALLEST,
-    largest_thresholds,
     number_in,
-    ordered,
     scatter_ids,
 )
 from jaxengine.sampling.context import SamplingContext
 from jaxengine.sampling.transforms import Logits, LogitsTransform, State, when
 from jaxengine.types import Param
+from pallas_kernels.filter_threshold import filter_threshold
 
 _PENALTY = number_in(-2.0, 2.0, "must be a number in [-2, 2]")
 
@@ -128,30 +126,11 @@ def top_k_top_p_min_p() -> LogitsTransform:
         return (ctx.top_k > 0) | (ctx.top_p < 1.0) | (ctx.min_p > 0.0)
 
     def apply(logits: Logits, state: State, ctx: SamplingContext) -> Logits:
-        def lowest_kept(logits: Logits) -> UInt[Array, " B"]:
-            top = logits.max(axis=-1, keepdims=True)
-            weights = jnp.exp(logits - top)
-            mass = ctx.top_p * weights.sum(axis=-1)
-            k = jnp.where(ctx.top_k < 1, logits.shape[-1], ctx.top_k)
-            keys = ordered(logits)
-            by_k, by_p = largest_thresholds(
-                lambda t_k, t_p: (
-                    (keys >= t_k[:, None]).sum(axis=-1, dtype=jnp.int32) >= k,
-                    jnp.where(keys >= t_p[:, None], weights, 0.0).sum(axis=-1) >= mass,
-                ),
-                (logits.shape[0], 2),
-            )
-            # At p = 1 rounding of the sums must not cost the last token.
-            by_p = jnp.where(ctx.top_p >= 1.0, 0, by_p)
-            by_min_p = ordered(top + jnp.log(ctx.min_p)[:, None])[:, 0]
-            return jnp.maximum(jnp.maximum(by_k, by_p), by_min_p)
-
-        nothing = jnp.zeros(logits.shape[:1], jnp.uint32)
-        any_row = (is_filtered(ctx) & ctx.active).any()
-        lowest = jax.lax.cond(any_row, lowest_kept, lambda _: nothing, logits)
-        # NaN stays, whatever its sign, for the draw to report it.
-        is_kept = (ordered(logits) >= lowest[:, None]) | jnp.isnan(logits)
-        return jnp.where(is_kept, logits, -jnp.inf)
+        # Not behind a condition: its operand would be a copy of the logits, and the op itself does
+        # little for rows without a filter.
+        lowest = filter_threshold(logits, ctx.top_k, ctx.top_p, ctx.min_p)
+        # NaN stays, for the draw to report it.
+        return jnp.where(logits < lowest[:, None], -jnp.inf, logits)
 
     positive = number_in(SMALLEST, 1.0, "must be a number in (0, 1]")
     params = {

@@ -28,7 +28,7 @@ from jaxengine.serve.batch.keys import Keys
 from jaxengine.serve.batch.lines import LineFile, StandardOutput
 from jaxengine.serve.batch.parts import PartFolder
 from jaxengine.serve.batch.read import count, format_of, parquet_files
-from jaxengine.serve.batch.results import ResultWriter, key_of
+from jaxengine.serve.batch.results import ResultWriter
 from jaxengine.serve.batch.rows import SEEDS, Row, max_tokens, passed_fields
 from jaxengine.serve.batch.sidecar import Sidecar, locked, model_identity
 
@@ -36,7 +36,7 @@ HARMLESS = frozenset(
     """
     cache_dir chunked_prefill_size decode_buckets download_dir executable_cache log_level
     max_running_requests max_total_tokens max_window_steps mem_fraction_static page_size
-    prefill_buckets progress served_model_name
+    prefill_buckets progress schedule_policy served_model_name
     """.split()
 )
 """Settings of an engine that may differ from run to run of a job: they change no distribution."""
@@ -265,7 +265,7 @@ def _read_done(output: Any, keys: Keys, report: Report, retry_errors: bool) -> N
             report.num_errors_before += 1
             if retry_errors:
                 continue
-        keys.add_done(key_of(result))
+        keys.add_done(result["id"])
     if retry_errors and report.num_errors_before:
         output.keep(lambda result: result["error"] is None)
         report.num_errors_before = 0

@@ -48,7 +48,7 @@ class ResultWriter:
     def _openai(
         self, row: Row, outputs: list[Mapping[str, Any]], error: dict[str, Any] | None
     ) -> dict[str, Any]:
-        head = {"id": f"batch_req_{row.key}", "custom_id": row.key}
+        head = {"id": row.key, "custom_id": row.key}
         if error is not None or row.openai is None:
             return {**head, "response": None, "error": error}
         body = openai_api.answer(
@@ -60,15 +60,6 @@ class ResultWriter:
         )
         response = {"status_code": 200, "request_id": row.key, "body": body}
         return {**head, "response": response, "error": None}
-
-
-def key_of(result: Mapping[str, Any]) -> str:
-    """The id of an output row.
-
-    Raises:
-      KeyError: If it is none of ours.
-    """
-    return result["custom_id"] if "response" in result else result["id"]
 
 
 def _plural(samples: Mapping[str, list[Any]], num: int) -> dict[str, Any]:

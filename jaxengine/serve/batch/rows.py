@@ -122,6 +122,7 @@ class RowReader:
             key = f"{base}#{num_before}" if num_before else base
             if error is None and num_before and self._id_column(record.value) is not None:
                 error = f"The id {base!r} of line {record.line} was used before; ids are unique."
+                key = content_key([base, num_before])  # which nobody else's id is
             row = Row(key, record.line, {})
             if error is not None:
                 yield row._replace(error=RequestError(error), columns=self._rest(record.value, ()))
@@ -138,7 +139,7 @@ class RowReader:
         value = record.value.get(column)
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
             problem = (
-                f"`{column}` of line {record.line} must be a text or an integer, got {value!r}."
+                f"`{column}` of line {record.line} must be a text or an integer, got {value!r:.80}."
             )
             return content_key(record.value), problem
         return str(value), None
@@ -171,7 +172,7 @@ class RowReader:
         given = arguments.pop("sampling_params")
         ids = arguments.pop("input_ids", None)
         if ids is None:
-            ids = encode(self._need_tokenizer(), [arguments.pop("prompt")])[0]
+            ids = self._text_ids(arguments.pop("prompt"), f"`prompt` of line {row.line}")
         row = self._fit(row, ids, given)
         return row._replace(arguments={**arguments, **row.arguments})
 
@@ -202,13 +203,19 @@ class RowReader:
             raise RequestError(f"{place} must be a text, got {type(value).__name__}.")
         if kind == "text" and not value:
             raise RequestError(f"{place} is empty; a prompt needs at least one character.")
-        tokenizer = self._need_tokenizer()
         system = self._config.system
         if kind == "text" and system is None and not self._config.chat:
-            _check_text(value, place)
-            return encode(tokenizer, [value])[0]
+            return self._text_ids(value, place)
         messages = [{"role": "user", "content": value}] if kind == "text" else value
-        return chat_ids(tokenizer, messages, system=system)
+        return chat_ids(self._need_tokenizer(), messages, system=system)
+
+    def _text_ids(self, text: str, place: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            where = f"at character {error.start}"
+            raise RequestError(f"{place} holds half a surrogate pair {where}.") from None
+        return encode(self._need_tokenizer(), [text])[0]
 
     def _params(self, record: Mapping[str, Any], line: int) -> dict[str, Any]:
         """What the row itself asks for."""
@@ -218,7 +225,7 @@ class RowReader:
             return {}
         given = _from_json(given, f"`{column}` of line {line}")
         if not isinstance(given, dict):
-            raise RequestError(f"`{column}` of line {line} must be an object, got {given!r}.")
+            raise RequestError(f"`{column}` of line {line} must be an object, got {given!r:.80}.")
         # A struct of a table has all fields in all rows.
         return {k: v for k, v in given.items() if v is not None} if self._is_typed else given
 
@@ -271,11 +278,3 @@ def _from_json(value: Any, place: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise RequestError(f"{place} is a text that is not JSON: {error}.") from error
-
-
-def _check_text(text: str, place: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        where = f"at character {error.start}"
-        raise RequestError(f"{place} holds half a surrogate pair {where}.") from None

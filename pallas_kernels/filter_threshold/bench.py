@@ -1,0 +1,105 @@
+"""Times the filters' threshold: `python -m pallas_kernels.filter_threshold.bench [spec ...]`.
+
+Prints one JSON line per spec and tile choice, the default choice first. A call includes the pass
+over the blocks that the kernel needs, and dividing by a temperature, which writes the logits the
+kernel reads. `passes` is the time over that of reading the logits once at 4.37 TB/s, the rate
+measured on an H200. Every row was compared with the reference in the same run.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.filter_threshold import reference, triton
+from pallas_kernels.filter_threshold.arg_specs import ARG_SPECS, ArgSpec
+from pallas_kernels.timing import time_configs
+
+_READ_BYTES_PER_S = 4.37e12
+_CALLS = 64
+_TOLERANCE = 1e-3  # a token more or less by rounding, where tokens are dense
+
+
+def _grid(**choices: Sequence[int]) -> list[triton.TuningConfig]:
+    return [
+        triton.TuningConfig(**dict(zip(choices, values, strict=True)))
+        for values in itertools.product(*choices.values())
+    ]
+
+
+SWEEPS = {
+    "flat-top-p-b256": [
+        *_grid(num_warps=(4, 8, 16), tile_blocks=(16, 32, 64)),
+        *_grid(sample_pieces=(512, 2048), num_warps=(8, 16)),
+    ],
+    "flat-top-p-b1": _grid(num_warps=(4, 8, 16), tile_blocks=(16, 32, 64)),
+    "text-like-top-p-b256": _grid(num_warps=(4, 8, 16), tile_blocks=(16, 32, 64)),
+}
+"""Tile choices to try, by name of the spec."""
+
+SPECS = tuple(spec for spec in ARG_SPECS if not spec.name.startswith("corners"))
+
+
+def rows(
+    device: Any, specs: Sequence[ArgSpec] = SPECS, is_sweep: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Yields one row per spec and tile choice."""
+    with jax.default_device(device):
+        for spec in specs:
+            yield from _spec_rows(spec, device, SWEEPS.get(spec.name, []) if is_sweep else [])
+
+
+def _spec_rows(
+    spec: ArgSpec, device: Any, sweep: Sequence[triton.TuningConfig]
+) -> Iterator[dict[str, Any]]:
+    def op(before: jax.Array, *args: jax.Array, config: triton.TuningConfig) -> jax.Array:
+        logits, *settings = args
+        # A temperature of 1 that has to wait for the call before; 0 * NaN would be NaN.
+        temperature = 1 + 0 * before
+        return triton.filter_threshold(logits / temperature[:, None], *settings, config=config)
+
+    args = spec.arrays(0)
+    default = triton.TuningConfig()
+    num_bytes = 4 * args[0].size
+    for timing in time_configs(
+        op,
+        [default, *(config for config in sweep if config != default)],
+        jnp.zeros(spec.num_rows),
+        args,
+        [()] * 4,
+        num_rounds=_CALLS // 4,
+        want=reference.filter_threshold(*args),
+    ):
+        yield {
+            "op": "filter_threshold",
+            "spec": spec.name,
+            "is_default": timing.config == default,
+            "us": round(timing.seconds * 1e6, 2),
+            "passes": round(timing.seconds * _READ_BYTES_PER_S / num_bytes, 2),
+            "is_correct": timing.error <= _TOLERANCE,
+            "error": timing.error,
+            "failure": timing.failure,
+            "config": dataclasses.asdict(timing.config),
+            "device": device.device_kind,
+            "jax": jax.__version__,
+        }
+
+
+def main() -> None:
+    """Prints the rows of the named specs, all by default."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("specs", nargs="*", help="names from arg_specs; all by default")
+    parser.add_argument("--defaults-only", action="store_true", help="no other tile choices")
+    args = parser.parse_args()
+    specs = [spec for spec in SPECS if not args.specs or spec.name in args.specs]
+    for row in rows(jax.devices("gpu")[0], specs, is_sweep=not args.defaults_only):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

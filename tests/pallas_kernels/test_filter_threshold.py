@@ -1,0 +1,149 @@
+"""One suite for every backend of the filters' threshold."""
+
+import inspect
+import secrets
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.filter_threshold import api, triton
+from pallas_kernels.filter_threshold.arg_specs import ARG_SPECS, ArgSpec
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+
+ROUNDING = 1e-5
+"""Of a cumulative probability, and of the logit that min-p asks for."""
+
+# Few tokens to a bracket and a small sample, so that no path needs a large vocabulary.
+TINY = triton.TuningConfig(tile_blocks=4, max_found=256, sample_pieces=64)
+
+
+def spec_named(name: str) -> ArgSpec:
+    return next(spec for spec in ARG_SPECS if spec.name == name)
+
+
+def must_and_may_keep(
+    logits: np.ndarray, top_k: int, top_p: float, min_p: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """By a sort in float64: what has to be kept, and what rounding may keep beside it."""
+    order = np.sort(logits.astype(np.float64))[::-1]
+    weights = np.exp(order - order[0])
+    cumulative = np.cumsum(weights) / weights.sum()
+    by_k = order[top_k - 1] if 1 <= top_k < len(order) else -np.inf
+    with np.errstate(divide="ignore"):
+        by_min_p = order[0] + np.log(min_p)
+
+    def lowest(rounding: float) -> float:
+        crossing = min(np.searchsorted(cumulative, top_p - rounding), len(order) - 1)
+        by_p = order[crossing] if top_p < 1 else -np.inf
+        return max(by_k, by_p, min(by_min_p + rounding, order[0]))
+
+    return logits >= lowest(ROUNDING), logits >= lowest(-ROUNDING)
+
+
+def assert_right(args: tuple[jax.Array, ...], thresholds: jax.Array):
+    for row, threshold in enumerate(np.asarray(thresholds)):
+        logits, *settings = (np.asarray(x)[row] for x in args)
+        must, may = must_and_may_keep(logits, *(x.item() for x in settings))
+        kept = ~(logits < threshold)
+        assert not (must & ~kept).any(), f"row {row}, {settings}: too few"
+        assert not (kept & ~may).any(), f"row {row}, {settings}: too many"
+
+
+def run(spec: ArgSpec, implementation: Implementation, seed: int):
+    args = spec.arrays(seed)
+    assert_right(args, api.filter_threshold(*args, implementation=implementation))
+
+
+@pytest.fixture
+def seed() -> int:
+    """A new one in every run; pytest prints it with a failure."""
+    return secrets.randbelow(1 << 30)
+
+
+@pytest.mark.parametrize("name", ["corners-60", "corners-5000"])
+def test_reference_keeps_what_a_sort_keeps(name: str, seed: int):
+    run(spec_named(name), "reference", seed)
+
+
+@pytest.mark.parametrize("vocab_size", [60, 5000])
+def test_interpreted_triton_keeps_what_a_sort_keeps(vocab_size: int, seed: int):
+    args = spec_named(f"corners-{vocab_size}").arrays(seed)
+    assert_right(args, triton.filter_threshold(*args, config=TINY, interpret=True))
+
+
+def test_a_refuted_guess_costs_passes_and_no_token(seed: int):
+    """Bounds that are no errors apart mostly miss; ties overflow what a bracket may hold."""
+    config = triton.TuningConfig(
+        tile_blocks=4, max_found=16, sample_pieces=64, few_blocks=0.0, num_errors=0.0
+    )
+    logits, *settings = spec_named("corners-5000").arrays(seed)
+    args = (logits[:33, :2000], *(x[:33] for x in settings))
+    assert_right(args, triton.filter_threshold(*args, config=config, interpret=True))
+
+
+def test_a_row_does_not_depend_on_the_others(seed: int):
+    args = spec_named("corners-5000").arrays(seed)
+    some = tuple(x[5:8] for x in args)
+    together = triton.filter_threshold(*args, config=TINY, interpret=True)
+    alone = triton.filter_threshold(*some, config=TINY, interpret=True)
+    assert together[5:8].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton_interpret"])
+def test_a_row_of_nan_ends(implementation: Implementation):
+    logits, *settings = spec_named("corners-60").arrays(0)
+    with_nan = logits.at[0, 7].set(jnp.nan)
+    got = api.filter_threshold(with_nan, *settings, implementation=implementation)
+    want = api.filter_threshold(logits, *settings, implementation=implementation)
+    assert got[1:].tolist() == want[1:].tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda spec: spec.name)
+def test_triton_keeps_what_a_sort_keeps(spec: ArgSpec, seed: int):
+    run(spec, "triton", seed)
+
+
+@pytest.mark.gpu
+def test_triton_gives_the_same_again_and_alone(seed: int):
+    args = spec_named("flat-mixed-b256").arrays(seed)
+    first, again = (api.filter_threshold(*args, implementation="triton") for _ in range(2))
+    alone = api.filter_threshold(*(x[40:44] for x in args), implementation="triton")
+    assert first.tolist() == again.tolist()
+    assert first[40:44].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(logits=jnp.zeros((2, 8), jnp.bfloat16)), "`logits` must be float32"),
+        (dict(top_k=jnp.zeros(2)), "`top_k` must be int32"),
+        (dict(top_p=jnp.zeros(3)), r"`top_p` must be float32\(2,\). Got float32\(3,\)"),
+        (dict(min_p=jnp.zeros(2, jnp.int32)), "`min_p` must be float32"),
+        (dict(implementation="cuda"), "must be one of .* Got 'cuda'"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(change: dict[str, object], message: str):
+    args = dict(
+        logits=jnp.zeros((2, 8)),
+        top_k=jnp.zeros(2, jnp.int32),
+        top_p=jnp.ones(2),
+        min_p=jnp.zeros(2),
+    )
+    # Without the shape checks that the tests put on every function.
+    op = inspect.unwrap(api.filter_threshold)
+    with pytest.raises(ValueError, match=message):
+        op(**(args | change))
+
+
+def test_a_vocabulary_too_large_is_refused():
+    rows = jax.ShapeDtypeStruct((1,), jnp.float32)
+    logits = jax.ShapeDtypeStruct((1, 600_000), jnp.float32)
+    with pytest.raises(NotImplementedError, match="600000 tokens are more than 524288"):
+        jax.eval_shape(
+            triton.filter_threshold, logits, jax.ShapeDtypeStruct((1,), jnp.int32), rows, rows
+        )

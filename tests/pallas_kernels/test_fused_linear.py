@@ -1,0 +1,112 @@
+"""One suite for every backend of the weight product with its neighbours."""
+
+import inspect
+import secrets
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.fused_linear import api, jax_triton, tuning
+from pallas_kernels.fused_linear.arg_specs import ARG_SPECS, ArgSpec
+from tests.pallas_kernels.oracle import assert_close
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+
+SMALL_SPECS = [spec for spec in ARG_SPECS if spec.depth * spec.num_columns < 1 << 16]
+
+
+@pytest.fixture
+def seed() -> int:
+    """A new one in every run; pytest prints it with a failure."""
+    return secrets.randbelow(1 << 30)
+
+
+def run(spec: ArgSpec, implementation: Implementation, args: dict[str, jax.Array]) -> jax.Array:
+    return api.fused_linear(**args, **spec.options, implementation=implementation)
+
+
+def expected(spec: ArgSpec, args: dict[str, jax.Array]) -> np.ndarray:
+    """The definition, in float64."""
+    given = {name: np.asarray(array, np.float64) for name, array in args.items()}
+    x = given["x"]
+    if spec.has_norm:
+        rms = np.sqrt((x**2).mean(axis=1, keepdims=True) + spec.options["eps"])
+        x = x / rms * given["norm_weight"]
+    out = x @ given["weight"].T + given.get("bias", 0)
+    if spec.is_gated:
+        gate, up = np.split(out, 2, axis=1)
+        out = gate / (1 + np.exp(-gate)) * up
+    return out + given.get("residual", 0)
+
+
+@pytest.mark.parametrize("spec", SMALL_SPECS, ids=lambda spec: spec.name)
+def test_reference_is_the_definition(spec: ArgSpec, seed: int):
+    args = spec.arrays(jnp.float32, seed)
+    assert_close(run(spec, "reference", args), expected(spec, args))
+
+
+@pytest.mark.parametrize("name", ["odd-m3", "plain-m2", "all-m1"])
+def test_interpreted_triton_is_the_definition(name: str, seed: int):
+    (spec,) = [spec for spec in ARG_SPECS if spec.name == name]
+    args = spec.arrays(jnp.bfloat16, seed)
+    got = run(spec, "triton_interpret", args)
+    assert got.dtype == jnp.bfloat16
+    assert_close(got, expected(spec, args))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["triton", "jax_triton"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda spec: spec.name)
+def test_kernel_is_the_definition(
+    spec: ArgSpec, dtype: jnp.dtype, implementation: Implementation, seed: int
+):
+    if implementation == "jax_triton":
+        pytest.importorskip("jax_triton")
+    args = spec.arrays(dtype, seed)
+    got = run(spec, implementation, args)
+    assert_close(got, expected(spec, args))
+    np.testing.assert_array_equal(got, run(spec, implementation, args))
+
+
+def test_jax_triton_says_that_it_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    jax_triton._load.cache_clear()
+    (spec,) = [spec for spec in ARG_SPECS if spec.name == "all-m1"]
+    with pytest.raises(NotImplementedError, match=r"jax-triton is missing .* install"):
+        run(spec, "jax_triton", spec.arrays(jnp.bfloat16, 0))
+
+
+def test_many_rows_and_float32_are_left_to_a_plain_product():
+    weight = jnp.zeros((8, 16), jnp.bfloat16)
+    x = jnp.zeros((tuning.MAX_ROWS + 1, 16), jnp.bfloat16)
+    assert not api.is_faster(x, weight, is_gated=False)
+    assert api.is_faster(x[1:], weight, is_gated=False)
+    assert not api.is_faster(x[1:], weight, is_gated=True)
+    assert not api.is_faster(x[:1].astype(jnp.float32), weight, is_gated=False)
+    with pytest.raises(NotImplementedError, match="5 rows of bfloat16"):
+        api.fused_linear(x, weight, implementation="triton")
+    assert api.fused_linear(x, weight).shape == (5, 8)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(weight=jnp.zeros((12, 8))), r"Got the shapes \(2, 16\) and \(12, 8\)"),
+        (dict(weight=jnp.zeros((13, 16)), glu=jax.nn.silu), "even in number. Got 13"),
+        (dict(bias=jnp.zeros(6)), r"`bias` must have the shape \(12,\). Got \(6,\)"),
+        (dict(norm_weight=jnp.zeros(12)), r"`norm_weight` must have the shape \(16,\)"),
+        (dict(residual=jnp.zeros((2, 12)), glu=jax.nn.silu), r"`residual` .* shape \(2, 6\)"),
+        (dict(weight=jnp.zeros((12, 16), jnp.bfloat16)), r"\['bfloat16', 'float32'\]"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(change: dict[str, object], message: str):
+    args = dict(x=jnp.zeros((2, 16)), weight=jnp.zeros((12, 16))) | change
+    # Without the shape checks that the tests put on every function.
+    op = inspect.unwrap(api.fused_linear)
+    with pytest.raises(ValueError, match=message):
+        op(**args)
