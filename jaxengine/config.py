@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from jaxengine.compat import ENGINE_ARGUMENTS, nearest
+from jaxengine.compat import nearest
+from jaxengine.engine_arguments import ENGINE_ARGUMENTS
 from jaxengine.errors import ConfigError
 from jaxengine.log import logger
 
@@ -142,6 +143,8 @@ class EngineConfig:
         transformers: 0 is the embeddings, i what comes out of layer i, `num_layers` that after the
         final norm. None is this last one alone, with no axis for layers.
       stream_interval: Tokens between two outputs of a stream, at least; the first comes at once.
+      incremental_streaming_output: `text`, `output_ids` and what else an output of a stream has for
+        every token hold what is new alone, as `delta_text` and `delta_ids` always do.
       random_seed: Seed from which requests without one draw theirs; fresh when None.
       preferred_sampling_params: Sampling parameters under those of a request, a dict or its JSON.
       sampling_defaults: "openai", SGLang's own defaults, which are what `sgl.Engine` uses whatever
@@ -187,6 +190,7 @@ class EngineConfig:
     max_top_logprobs: int = 20
     hidden_layers: tuple[int, ...] | None = None
     stream_interval: int = 1
+    incremental_streaming_output: bool = False
     random_seed: int | None = None
     preferred_sampling_params: str | Mapping[str, Any] | None = None
     sampling_defaults: str = "openai"
@@ -277,8 +281,8 @@ class EngineConfig:
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> "EngineConfig":
         """Builds the config from `Engine(...)` keywords.
 
-        Names of SGLang go through the table of `jaxengine.compat`: those that mean nothing here are
-        ignored with one warning each.
+        Names of SGLang go through the table of `jaxengine.engine_arguments`: those that mean
+        nothing here are ignored with one warning each.
 
         Raises:
           TypeError: For a name nobody knows, with the nearest one.

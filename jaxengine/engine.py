@@ -38,7 +38,7 @@ from jaxengine.pooling import (
 from jaxengine.profiling import Profile
 from jaxengine.progress import Progress
 from jaxengine.requests import group_size, parse_call
-from jaxengine.residency import Residency, Running
+from jaxengine.residency import Residency
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.sampling import as_sampler, default_sampler
 from jaxengine.sampling.processor import with_processor
@@ -84,7 +84,8 @@ class Engine(SGLangNames):
           params: The model's arrays, as `jaxengine.models` names them, instead of a checkpoint.
           model_config: Shape of `params`; needed with them.
           tokenizer: A Hugging Face tokenizer instead of the checkpoint's.
-          **settings: Fields of `EngineConfig`, and other names of SGLang: see `jaxengine.compat`.
+          **settings: Fields of `EngineConfig`, and other names of SGLang: see
+            `jaxengine.engine_arguments`.
 
         Raises:
           TypeError: For a setting nobody knows.
@@ -444,7 +445,7 @@ class Engine(SGLangNames):
         weights: Any,
         *,
         version: str | None = None,
-        running: Running = "finish",
+        running: str = "finish",
         partial: bool = False,
     ) -> None:
         """Puts other weights in the place of these: all of them or, on any error, none.

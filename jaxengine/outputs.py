@@ -36,6 +36,7 @@ class SequenceOutput:
         returns_errors: bool = False,
         hidden: HiddenCollector | None = None,
         stream_interval: int = 1,
+        is_incremental: bool = False,
         has_prompt_ids: bool = False,
     ) -> None:
         """Args:
@@ -49,6 +50,7 @@ class SequenceOutput:
         returns_errors: An error becomes an output, instead of being put itself.
         hidden: Collects hidden states, where they are wanted.
         stream_interval: Tokens between two outputs of a stream, at least; the first comes at once.
+        is_incremental: Outputs of a stream hold what is new alone.
         has_prompt_ids: Outputs carry the prompt's token ids.
         """
         self._request = request
@@ -61,6 +63,7 @@ class SequenceOutput:
         self._returns_errors = returns_errors
         self._hidden = hidden
         self._stream_interval = stream_interval
+        self._is_incremental = is_incremental
         self._has_prompt_ids = has_prompt_ids
         self._num_given = 0
         self._ending: StopReason | None = None
@@ -124,6 +127,8 @@ class SequenceOutput:
             if self._detokenizer is not None:
                 output["delta_text"] = self._delta_text
             output["delta_ids"] = self._ids[self._num_given :]
+            if self._is_incremental:
+                _leave_what_is_new(output, self._num_given)
         self._delta_text = ""
         self._num_given = len(self._ids)
         self._channel.put((self._index, output, is_last))
@@ -201,6 +206,21 @@ class SequenceOutput:
         if captures := self._reports.captures():
             output["captures"] = captures
         return output
+
+
+def _leave_what_is_new(output: dict[str, Any], num_given: int) -> None:
+    """Drops the first tokens' part of everything that has one for every token."""
+    output |= {
+        old: output[new]
+        for old, new in (("text", "delta_text"), ("output_ids", "delta_ids"))
+        if new in output
+    }
+    meta = output["meta_info"]
+    for name, values in meta.items():
+        if name.startswith("output_") and isinstance(values, list):
+            meta[name] = values[num_given:]
+    if "captures" in output:
+        output["captures"] = {name: rows[num_given:] for name, rows in output["captures"].items()}
 
 
 class _Reports:

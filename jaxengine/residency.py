@@ -5,7 +5,7 @@ Changes happen between two steps, in the engine thread; what is new is made and 
 
 import threading
 from collections.abc import Callable, Collection
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -14,8 +14,6 @@ from jaxengine.errors import RequestError, WeightsError
 from jaxengine.models.family import Params
 from jaxengine.runtime.runner import Runner
 from jaxengine.worker import Worker
-
-type Running = Literal["finish", "keep"]
 
 TAGS = ("weights", "kv_cache")
 """What `release_memory` can give back."""
@@ -44,9 +42,7 @@ class Residency:
         """Name of the weights that are there."""
         return self.versions[-1]
 
-    def update(
-        self, make: Callable[[Params | None], Params], version: str, running: Running
-    ) -> None:
+    def update(self, make: Callable[[Params | None], Params], version: str, running: str) -> None:
         """Puts other weights in the place of these.
 
         Args:

@@ -184,6 +184,7 @@ class Submitter:
             returns_errors=returns_errors,
             hidden=None if request is None else _collector(request, sample),
             stream_interval=params.stream_interval or self._config.stream_interval,
+            is_incremental=self._config.incremental_streaming_output,
             has_prompt_ids=request is not None and request.has_prompt_ids,
         )
 

@@ -11,13 +11,13 @@ import pytest
 
 from jaxengine import Engine
 from jaxengine.compat import (
-    ENGINE_ARGUMENTS,
     GENERATE_ARGUMENTS,
     METHODS,
     SAMPLING_PARAMETERS,
     Name,
 )
 from jaxengine.config import EngineConfig
+from jaxengine.engine_arguments import ENGINE_ARGUMENTS
 from jaxengine.errors import ConfigError, RequestError
 from jaxengine.params import SamplingParams, parse_sampling_params
 from jaxengine.requests import _warn_once, parse_call

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-BASE = {"types", "params", "config", "compat", "errors", "log"}
+BASE = {"types", "params", "config", "compat", "engine_arguments", "errors", "log"}
 # Layer -> what it may import of this repository; itself always. "api" is `from jaxengine import X`.
 ALLOWED = {
     "errors": set(),
@@ -18,7 +18,8 @@ ALLOWED = {
     "types": {"errors"},
     "params": {"compat", "errors", "log", "types"},
     "compat": set(),
-    "config": {"compat", "errors", "log", "types"},
+    "engine_arguments": {"compat"},
+    "config": {"compat", "engine_arguments", "errors", "log", "types"},
     "utils": BASE,
     "gguf_header": BASE,
     "gguf_file": BASE | {"gguf_header"},

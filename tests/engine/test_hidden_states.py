@@ -173,7 +173,7 @@ def test_layers_are_counted_as_in_transformers():
     seen: dict[int, Any] = {}
     ctx = ForwardContext(attend=dense_attention(1), see=seen.__setitem__)
     params = params_from_tensors(tiny.CONFIG, tiny.TENSORS)
-    final, _ = model.bind(params)(np.asarray(LONG), np.arange(len(LONG)), None, None, ctx)
+    final, _ = model.bind(params)(jnp.asarray(LONG), jnp.arange(len(LONG)), None, None, ctx)
     wanted = states_of(LONG)
     for i, state in {**seen, 2: final}.items():
         np.testing.assert_allclose(state, wanted[i], rtol=2e-3, atol=2e-3)

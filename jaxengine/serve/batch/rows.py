@@ -196,7 +196,7 @@ class RowReader:
     def _token_ids(self, value: Any, kind: str, place: str) -> list[int]:
         value = _from_json(value, place) if kind != "text" else value
         if kind == "ids":
-            if not isinstance(value, list) or not value:
+            if not isinstance(value, list) or {*map(type, value)} != {int}:
                 raise RequestError(f"{place} must be a list of token ids that is not empty.")
             return value
         if kind == "text" and not isinstance(value, str):
