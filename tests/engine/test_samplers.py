@@ -57,10 +57,6 @@ def compiled(engine: Any) -> int:
     return engine.stats()["programs"]["num_compiled"]
 
 
-def is_compiled(engine: Any) -> bool:
-    return all(program.done() for program in list(engine._programs._done.values()))
-
-
 def ids(output: Any) -> list[int]:
     return output["output_ids"]
 
@@ -112,7 +108,7 @@ def test_split_and_fused_forms_draw_the_same(engine: Any, monkeypatch: pytest.Mo
         assert [ids(output) for output in run()] == first
         if live.num_split_steps == before:  # both prefill and windows are fused by now
             break
-        assert wait_for(lambda: is_compiled(engine), seconds=100)
+        engine.wait_until_compiled(background=True)
     else:
         pytest.fail("the sampler was never compiled into the window")
     now = compiled(engine)
