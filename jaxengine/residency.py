@@ -85,11 +85,16 @@ class Residency:
                     "Requests that are paused in place hold pages; call `pause` with "
                     'mode="retract" first, or `resume`.'
                 )
+            if "kv_cache" in tags and self._core.scheduler.is_bound_to_device:
+                raise RequestError(
+                    "The samplers of requests that wait have a state that would be lost with the "
+                    "pages; `resume` and let them end first, or `abort` them."
+                )
             self._core.sleep()
             for tag in tags - self._away:
                 sizes[tag] = self._runner.num_bytes(tag)
             if "kv_cache" in sizes:
-                self._core.scheduler.flush_cache()
+                self._core.scheduler.forget_device()
                 self._runner.release_state()
             if "weights" in sizes:
                 self._backup = jax.device_get(self._runner.params) if keep_copy else None
@@ -137,8 +142,8 @@ class Residency:
 
 def _checked(tags: Collection[str] | None) -> set[str]:
     """The tags; SGLang's name of what does not exist here is fine, too."""
-    wanted = set(TAGS) if not tags else {tags} if isinstance(tags, str) else set(tags)
+    wanted: set[str] = set(TAGS) if not tags else {tags} if isinstance(tags, str) else set(tags)
     unknown = wanted - {*TAGS, "cuda_graph"}
     if unknown:
         raise RequestError(f"`tags` must be among {', '.join(TAGS)}, got {sorted(unknown)}.")
-    return wanted & set(TAGS)
+    return {tag for tag in TAGS if tag in wanted}

@@ -3,6 +3,7 @@
 Plain XLA on every device, so that what computes the logits is fused into the pass.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -51,7 +52,9 @@ def in_blocks(x: Float[Array, "B V"]) -> Float[Array, "B blocks width"]:
 
 def block_sums(x: Float[Array, "B V"]) -> BlockSums:
     """Maximum and sum of exponentials of every block, for a stable softmax."""
-    return BlockSums(*_sums(in_blocks(x), 2))
+    top, total = _sums(in_blocks(x), 2)
+    # XLA's maximum on a CPU loses NaN; the sum does not.
+    return BlockSums(jnp.where(jnp.isnan(total), jnp.nan, top), total)
 
 
 def logsumexp(*arrays: Float[Array, "*B V"]) -> tuple[Float[Array, "*B"], ...]:
@@ -63,14 +66,15 @@ def _sums(x: Array, axis: int) -> tuple[Array, Array]:
     if not _is_one_pass():
         top = jnp.maximum(x.max(axis=axis), LOWEST)
         return top, jnp.exp(x - jnp.expand_dims(top, axis)).sum(axis=axis)
-    ((top, total),) = _online((x,), axis)
+    # In one strand, for XLA fuses it with what else reads the whole array.
+    ((top, total),) = _online((x,), axis, num_strands=1)
     return top, total
 
 
 def _row_sums(arrays: tuple[Array, ...]) -> list[tuple[Array, Array]]:
     if not _is_one_pass():
         return [_sums(x, x.ndim - 1) for x in arrays]
-    return _online(arrays, arrays[0].ndim - 1)
+    return _online(arrays, arrays[0].ndim - 1, num_strands=4)
 
 
 def _is_one_pass() -> bool:
@@ -78,7 +82,7 @@ def _is_one_pass() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def _online(arrays: tuple[Array, ...], axis: int) -> list[tuple[Array, Array]]:
+def _online(arrays: tuple[Array, ...], axis: int, num_strands: int) -> list[tuple[Array, Array]]:
     """Maxima and sums together, rescaled as the maximum grows.
 
     Source: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv:1805.02867.
@@ -102,9 +106,16 @@ def _online(arrays: tuple[Array, ...], axis: int) -> list[tuple[Array, Array]]:
             )
         return (*tops, *totals)
 
-    # Removed tokens are made finite: two of them merged would be inf - inf.
-    tops = tuple(jnp.maximum(x, LOWEST) for x in arrays)
-    totals = tuple((x > -jnp.inf).astype(jnp.float32) for x in arrays)
+    few = [_few_sums(x, axis, num_strands) for x in arrays]
+    tops, totals = tuple(top for top, _ in few), tuple(total for _, total in few)
     start = (jnp.float32(LOWEST),) * count + (jnp.float32(0),) * count
     out = jax.lax.reduce((*tops, *totals), start, merge, (axis,))
     return list(zip(out[:count], out[count:], strict=True))
+
+
+def _few_sums(x: Array, axis: int, num_strands: int) -> tuple[Array, Array]:
+    """Maximum and sum of every few entries, far apart: cheaper than to merge each."""
+    strands = jnp.split(x, num_strands if x.shape[axis] % num_strands == 0 else 1, axis=axis)
+    # Finite even where all are removed: -inf - -inf is NaN.
+    top = functools.reduce(jnp.maximum, strands, jnp.float32(LOWEST))
+    return top, sum(jnp.exp(strand - top) for strand in strands)

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,8 @@ def has_cuda_plugin() -> bool:
 
 
 def pytest_configure(config: pytest.Config):
+    # A shell's background jobs start with interrupts ignored, and tests send some.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Before jax is first imported; only a run that asks for it (`-m gpu`) touches a GPU.
     if not asks_for(config, "gpu"):
         os.environ["JAX_PLATFORMS"] = "cpu"

@@ -79,7 +79,11 @@ def section(rows: Sequence[Row], peers: Peers) -> str:
         if gpu == peers.gpu:
             parts.append(f"Peers: {peers.source}")
         if sweep(by_key):
-            parts.append(f"![decode over batch size]({PLOT.relative_to(RESULTS.parents[2])})")
+            parts.append(
+                f"![decode over batch size]({PLOT.relative_to(RESULTS.parents[2])})\n\n"
+                "Decode steps alone, 128 tokens in; the peers' points are their single stream and "
+                "their 256 x (128 in, 256 out), prefill included."
+            )
     on_cpu = [r for r in rows if r["workload"].startswith("cpu_") and r["is_correct"]]
     if any("peer" not in row for row in on_cpu):
         parts += [_cpu_setting(on_cpu), "\n".join(_cpu_table(on_cpu))]
@@ -162,7 +166,7 @@ def _cpu_table(rows: Sequence[Row]) -> Iterator[str]:
     for key, workload in WORKLOADS.items():
         cells = [found.get((name, key)) for name in names]
         if any(cells):
-            values = [_number(cell and cell["value"]) for cell in cells]
+            values = [_number(None if cell is None else cell["value"]) for cell in cells]
             yield " | ".join([f"| {workload.title}", *values]) + " |"
 
 

@@ -1,5 +1,6 @@
 """A plan as one packed int32 array: built on the host, taken apart on the device."""
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -50,11 +51,13 @@ EDIT_ROWS, EDIT_CELLS = 256, 16384
 """Room for edits in one call of a program that does nothing else."""
 
 
+@functools.cache
 def edit_packing() -> Packing:
     """Edits of one table alone, for the overflow of the others."""
     return Packing({"resets": EDIT_ROWS, "cells": EDIT_CELLS, "cell_values": EDIT_CELLS})
 
 
+@functools.cache
 def prefill_packing(buckets: Buckets, num_tokens: int) -> Packing:
     """Segments of a prefill of `num_tokens`; "seat_" is for the table of the sampler."""
     rows = buckets.prefill_rows(num_tokens)
@@ -76,6 +79,7 @@ def prefill_packing(buckets: Buckets, num_tokens: int) -> Packing:
     )
 
 
+@functools.cache
 def decode_packing(buckets: Buckets, num_rows: int) -> Packing:
     """Segments of a decode window over `num_rows`."""
     cells = buckets.page_writes(num_rows)
@@ -90,11 +94,13 @@ def decode_packing(buckets: Buckets, num_rows: int) -> Packing:
     )
 
 
+@functools.cache
 def draw_packing(num_rows: int) -> Packing:
     """Segments of a draw over the logits of `num_rows`."""
     return Packing({"slot_ids": num_rows, "draws": num_rows, "leaders": num_rows})
 
 
+@functools.cache
 def score_packing(buckets: Buckets, num_tokens: int) -> Packing:
     """Segments of the logprobs of a prefill's prompt tokens."""
     rows = buckets.prefill_rows(num_tokens)

@@ -326,9 +326,15 @@ def _logprobs(
     place = jnp.asarray([list(prefixes).index(len(parts)) for parts in unfiltered])
 
     def of_token(before: Parts, parts: Parts) -> dict[str, Array]:
-        names = ("logprob", "raw_logprob", "processed_logprob")
-        each = token_logprobs(token, _apply(before, logits), logits, _apply(parts, logits))
-        return dict(zip(names, each, strict=True))
+        unfiltered = _apply(before, logits)
+        filters = parts[len(before) :]
+        filtered = (_apply(filters, unfiltered),) if filters else ()
+        raw, *others = token_logprobs(token, logits, unfiltered, *filtered)
+        return {
+            "logprob": others[0],
+            "raw_logprob": raw,
+            "processed_logprob": others[-1],
+        }
 
     def of_lists(before: Parts) -> dict[str, Array]:
         return listed_logprobs(_apply(before, logits), wants)

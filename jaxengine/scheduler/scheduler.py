@@ -119,6 +119,16 @@ class Scheduler:
         """Forgets all prefixes; those who run go on with the pages they have."""
         self._roster.cache.flush()
 
+    @property
+    def is_bound_to_device(self) -> bool:
+        """Someone's sampler has a state on the device that cannot be had again."""
+        return any(sequence.is_bound_to_slots for sequence in self._sequences.values())
+
+    def forget_device(self) -> None:
+        """All that was on the device is given up, while nothing is in flight: everyone is computed
+        anew, and nobody may be bound to it."""
+        self._roster.forget_device()
+
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can run before a commit."""
         if not make_room(self._roster):

@@ -19,6 +19,9 @@ from jaxengine.bench.workloads import SAMPLING_VARIANTS, WORKLOADS
 from jaxengine.models.qwen2 import parse_config
 from pallas_kernels import dispatch
 
+# The first test waits for an engine, and for all that it is asked to measure.
+pytestmark = pytest.mark.timeout(400)
+
 # One page a sequence and one bucket of each kind: as few programs as there can be.
 SMALL = ["--shape", "tiny", "--scale", "0.015"]
 for setting in (

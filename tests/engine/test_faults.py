@@ -102,7 +102,11 @@ def test_failed_step_says_how_much_memory_its_pages_take(
     engine: Any, monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(engine._runner, "dispatch", now_and_then(None, _Always(), Fault("burnt")))
+        patch.setattr(
+            engine._runner,
+            "dispatch",
+            now_and_then(engine._runner.dispatch, _Always(), Fault("burnt")),
+        )
         with pytest.raises(StepError) as caught:
             engine.generate(input_ids=PROMPTS[0], sampling_params=PARAMS)
     # 16 tokens x 2 layers x 2 heads of 16 x keys and values in float32: 8,192 bytes a page.

@@ -104,6 +104,19 @@ def test_pause_changes_no_token(engine: Any, mode: str):
     assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
 
 
+def test_retracted_requests_outlive_the_memory_they_had(engine: Any):
+    params = {**LONG, "max_new_tokens": 60, "seed": 5, "temperature": 1.0, "frequency_penalty": 0.5}
+    expected = engine.generate(input_ids=PROMPT, sampling_params=params)["output_ids"]
+    stream = engine.generate(input_ids=PROMPT, sampling_params=params, stream=True)
+    ids = next(stream)["delta_ids"]
+    with paused(engine, "retract"):
+        engine.release_memory("kv_cache")
+        engine.resume_memory("kv_cache")
+    for chunk in stream:
+        ids += chunk["delta_ids"]
+    assert ids == expected and chunk["meta_info"]["num_retractions"] == 1
+
+
 def test_pause_has_the_names_of_sglang_and_checks_its_mode(engine: Any):
     engine.pause_generation()
     engine.pause("in_place")
@@ -178,7 +191,7 @@ def test_ctrl_c_aborts_within_a_window(engine: Any):
 
 
 @pytest.mark.parametrize(
-    ("settings", "order"),
+    ("changes", "order"),
     [
         ({}, [0, 1, 2]),
         ({"enable_priority_scheduling": True}, [1, 2, 0]),
@@ -190,9 +203,9 @@ def test_ctrl_c_aborts_within_a_window(engine: Any):
     ],
 )
 def test_priority_is_looked_at_where_the_policy_says_so(
-    make_engine: Any, settings: dict[str, Any], order: list[int]
+    make_engine: Any, changes: dict[str, Any], order: list[int]
 ):
-    engine = make_engine(**settings)
+    engine = make_engine(**changes)
     # Each takes more than half the pages, so they run one after the other.
     prompts = tiny.prompts_of(150, 151, 152)
     stream = engine.generate(
@@ -210,7 +223,7 @@ def test_priority_may_be_refused_where_it_means_nothing(make_engine: Any):
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("changes", "words"),
     [
         ({"schedule_policy": "lof"}, "`schedule_policy` must be one of fcfs, lpm, priority"),
         ({"schedule_policy": "lpm", "enable_priority_scheduling": True}, "two orders"),
@@ -219,9 +232,9 @@ def test_priority_may_be_refused_where_it_means_nothing(make_engine: Any):
         ({"default_priority_value": "high"}, "must be an integer, got 'high'"),
     ],
 )
-def test_bad_schedule_is_refused(make_engine: Any, settings: dict[str, Any], words: str):
+def test_bad_schedule_is_refused(make_engine: Any, changes: dict[str, Any], words: str):
     with pytest.raises(ConfigError, match=words):
-        make_engine(**settings)
+        make_engine(**changes)
 
 
 def test_queue_has_a_limit(make_engine: Any, pool: ThreadPoolExecutor):

@@ -7,12 +7,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import vocab_blocks
+from pallas_kernels.filter_threshold import arg_specs as filter_specs
+from pallas_kernels.filter_threshold.api import filter_threshold
 from pallas_kernels.fused_linear import arg_specs as linear_specs
 from pallas_kernels.fused_linear.api import fused_linear
 from pallas_kernels.paged_decode_attention import arg_specs as decode_specs
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
 from pallas_kernels.ragged_prefill_attention import arg_specs as prefill_specs
 from pallas_kernels.ragged_prefill_attention.api import ragged_prefill_attention
+from pallas_kernels.top_k import arg_specs as top_k_specs
+from pallas_kernels.top_k.api import top_k
 from tests import deviceless
 
 pytestmark = pytest.mark.deviceless
@@ -132,3 +137,32 @@ def test_kernels_of_equal_layers_are_traced_and_compiled_once():
     assert not deviceless.large_copies(compiled)
     kv_bytes = 8 * 2 * cache.size
     assert compiled.memory_analysis().alias_size_in_bytes >= kv_bytes
+
+
+@pytest.mark.parametrize("target", ["h200", "a100"])
+def test_kernels_of_the_sampler_compile(target: str):
+    """Of the filters' threshold and of the largest entries: the shapes of a batch of 256."""
+    (filters,) = (spec for spec in filter_specs.ARG_SPECS if spec.name == "flat-top-p-b256")
+    (tops,) = (spec for spec in top_k_specs.ARG_SPECS if spec.name == "block-maxima-b256")
+
+    def both(tops: jax.Array, *args: jax.Array) -> Any:
+        largest = top_k(tops, count=20, implementation="triton")
+        return largest, filter_threshold(*args, implementation="triton")
+
+    args = (deviceless.arg(x.shape, x.dtype, target) for x in (tops.shape(), *filters.shapes()))
+    compiled = deviceless.compile_for(target, both, *args)
+    assert str(compiled.as_text()).count(TRITON_CALL) == 1 + 3
+    assert not deviceless.large_copies(compiled)
+
+
+def test_a_reduction_that_nobody_reads_does_no_harm():
+    """XLA of jax 0.11.2 died of it in a loop, where the reducer held a call."""
+
+    def loop(x: jax.Array) -> jax.Array:
+        def step(_: Any, x: jax.Array) -> jax.Array:
+            vocab_blocks._online((x,), axis=1, num_strands=4)
+            return x + 1
+
+        return jax.lax.fori_loop(0, 3, step, x)
+
+    assert deviceless.compile_for_h200(loop, deviceless.arg((2, 1024), jnp.float32))

@@ -18,7 +18,7 @@ ROUNDING = 1e-5
 """Of a cumulative probability, and of the logit that min-p asks for."""
 
 # Few tokens to a bracket and a small sample, so that no path needs a large vocabulary.
-TINY = triton.TuningConfig(tile_blocks=4, max_found=256, sample_pieces=64)
+TINY = triton.TuningConfig(tile_blocks=4, num_splits=2, max_found=256, sample_pieces=64)
 
 
 def spec_named(name: str) -> ArgSpec:
@@ -41,7 +41,8 @@ def must_and_may_keep(
         by_p = order[crossing] if top_p < 1 else -np.inf
         return max(by_k, by_p, min(by_min_p + rounding, order[0]))
 
-    return logits >= lowest(ROUNDING), logits >= lowest(-ROUNDING)
+    is_left = logits > -np.inf  # the others are removed anyhow
+    return is_left & (logits >= lowest(ROUNDING)), ~is_left | (logits >= lowest(-ROUNDING))
 
 
 def assert_right(args: tuple[jax.Array, ...], thresholds: jax.Array):
@@ -69,37 +70,43 @@ def test_reference_keeps_what_a_sort_keeps(name: str, seed: int):
     run(spec_named(name), "reference", seed)
 
 
-@pytest.mark.parametrize("vocab_size", [60, 5000])
-def test_interpreted_triton_keeps_what_a_sort_keeps(vocab_size: int, seed: int):
-    args = spec_named(f"corners-{vocab_size}").arrays(seed)
-    assert_right(args, triton.filter_threshold(*args, config=TINY, interpret=True))
+def interpreted(args: tuple[jax.Array, ...]) -> jax.Array:
+    """Always of the same shapes, so that it is compiled once."""
+    return triton.filter_threshold(*args, config=TINY, interpret=True)
+
+
+def test_interpreted_triton_keeps_what_a_sort_keeps(seed: int):
+    args = spec_named("corners-5000").arrays(seed)
+    assert_right(args, interpreted(args))
+
+
+def test_a_row_does_not_depend_on_the_others(seed: int):
+    args = spec_named("corners-5000").arrays(seed)
+    order = np.random.default_rng(seed).permutation(len(args[0]))
+    moved = interpreted(tuple(x[order] for x in args))
+    assert moved.tolist() == interpreted(args)[order].tolist()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton_interpret"])
+def test_a_row_of_nan_ends(implementation: Implementation):
+    args = spec_named("corners-5000").arrays(0)
+    op = interpreted if implementation == "triton_interpret" else reference_of
+    got = op((args[0].at[0, 7].set(jnp.nan), *args[1:]))
+    assert got[1:].tolist() == op(args)[1:].tolist()
+
+
+def reference_of(args: tuple[jax.Array, ...]) -> jax.Array:
+    return api.filter_threshold(*args, implementation="reference")
 
 
 def test_a_refuted_guess_costs_passes_and_no_token(seed: int):
     """Bounds that are no errors apart mostly miss; ties overflow what a bracket may hold."""
     config = triton.TuningConfig(
-        tile_blocks=4, max_found=16, sample_pieces=64, few_blocks=0.0, num_errors=0.0
+        tile_blocks=4, num_splits=2, max_found=16, sample_pieces=64, few_blocks=0.0, num_errors=0.0
     )
     logits, *settings = spec_named("corners-5000").arrays(seed)
-    args = (logits[:33, :2000], *(x[:33] for x in settings))
+    args = (logits[::5, :2000], *(x[::5] for x in settings))
     assert_right(args, triton.filter_threshold(*args, config=config, interpret=True))
-
-
-def test_a_row_does_not_depend_on_the_others(seed: int):
-    args = spec_named("corners-5000").arrays(seed)
-    some = tuple(x[5:8] for x in args)
-    together = triton.filter_threshold(*args, config=TINY, interpret=True)
-    alone = triton.filter_threshold(*some, config=TINY, interpret=True)
-    assert together[5:8].tolist() == alone.tolist()
-
-
-@pytest.mark.parametrize("implementation", ["reference", "triton_interpret"])
-def test_a_row_of_nan_ends(implementation: Implementation):
-    logits, *settings = spec_named("corners-60").arrays(0)
-    with_nan = logits.at[0, 7].set(jnp.nan)
-    got = api.filter_threshold(with_nan, *settings, implementation=implementation)
-    want = api.filter_threshold(logits, *settings, implementation=implementation)
-    assert got[1:].tolist() == want[1:].tolist()
 
 
 @pytest.mark.gpu

@@ -79,6 +79,7 @@ def test_sentencepiece_tokenizer_puts_bos_first(tmp_path: Path):
 
     tokenizer = load_tokenizer(write(tmp_path / "llama.gguf", add, "llama"))
     assert tokenizer.encode("ab aab") == [1, 8, 6, 7]
+    assert tokenizer.decode([8, 6, 7]) == "ab aab"
     assert tokenizer.encode("</s>a")[:2] == [1, 2]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
 
@@ -88,5 +89,5 @@ def test_unknown_tokenizer_is_refused_with_the_remedy(tmp_path: Path):
         writer.add_tokenizer_model("rwkv")
         writer.add_token_list(["a"])
 
-    with pytest.raises(ConfigError, match=r"'rwkv'.*Set `tokenizer_path`"):
+    with pytest.raises(ConfigError, match=r"'rwkv'.*supported: .*qwen2.*Set `tokenizer_path`"):
         load_tokenizer(write(tmp_path / "rwkv.gguf", add))

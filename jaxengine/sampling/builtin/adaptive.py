@@ -10,6 +10,7 @@ from jaxengine.sampling.builtin.standard import temperature
 from jaxengine.sampling.context import SamplingContext
 from jaxengine.sampling.transforms import Drawn, Logits, LogitsTransform, State
 from jaxengine.types import Param
+from pallas_kernels.vocab_blocks import logsumexp
 
 _LN2 = float(np.log(2))
 
@@ -29,7 +30,7 @@ def mirostat_v2() -> LogitsTransform:
         return 2 * ctx.mirostat_tau
 
     def lowest(logits: Logits, mu: State, ctx: SamplingContext) -> Float[Array, " B"]:
-        return jax.nn.logsumexp(logits, axis=-1) - mu * _LN2
+        return logsumexp(logits)[0] - mu * _LN2
 
     def update(mu: State, drawn: Drawn, ctx: SamplingContext) -> Float[Array, " B"]:
         surprise = -drawn.raw_logprob / _LN2

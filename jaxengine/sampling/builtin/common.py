@@ -50,21 +50,16 @@ type Bounds = tuple[Float[Array, " B"] | float, Float[Array, " B"] | float]
 def keep_between(
     bounds: Callable[[Logits, State, SamplingContext], Bounds], is_on: Rows, **fields: Any
 ) -> LogitsTransform:
-    """Keeps the logits in [low, high]; `bounds(logits, state, ctx)` gives both, in one branch.
+    """Keeps the logits in [low, high]; `bounds(logits, state, ctx)` gives both.
 
-    A step without such rows compares with infinities and skips the branch. NaN stays, for the
-    draw to report it.
+    Not behind a condition, whose operand would be a copy of the logits. NaN stays, for the draw to
+    report it.
     """
 
     def apply(logits: Logits, state: State, ctx: SamplingContext) -> Logits:
-        def wanted(logits: Logits) -> tuple[Array, Array]:
-            low, high = bounds(logits, state, ctx)
-            return jnp.broadcast_to(low, rows), jnp.broadcast_to(high, rows)
-
-        rows = logits.shape[:1]
-        everything = (jnp.full(rows, -jnp.inf), jnp.full(rows, jnp.inf))
-        any_row = (is_on(ctx) & ctx.active).any()
-        low, high = jax.lax.cond(any_row, wanted, lambda _: everything, logits)
+        low, high = (
+            jnp.broadcast_to(bound, logits.shape[:1]) for bound in bounds(logits, state, ctx)
+        )
         is_out = (logits < low[:, None]) | (logits > high[:, None])
         return jnp.where(is_out, -jnp.inf, logits)
 

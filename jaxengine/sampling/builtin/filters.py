@@ -17,6 +17,7 @@ from jaxengine.sampling.context import SamplingContext
 from jaxengine.sampling.transforms import Logits, LogitsTransform, State, when
 from jaxengine.types import Param
 from pallas_kernels.threshold_search import largest_threshold, ordered
+from pallas_kernels.vocab_blocks import logsumexp
 
 _FRACTION = number_in(0.0, 1.0, "must be a number in [0, 1]")
 
@@ -28,7 +29,7 @@ def epsilon() -> LogitsTransform:
     """
 
     def lowest(logits: Logits, state: State, ctx: SamplingContext) -> Float[Array, " B"]:
-        return jnp.log(ctx.epsilon_cutoff) + jax.nn.logsumexp(logits, axis=-1)
+        return jnp.log(ctx.epsilon_cutoff) + logsumexp(logits)[0]
 
     params = {"epsilon_cutoff": Param("float32", 0.0, _FRACTION)}
     return keep_from(lowest, lambda ctx: ctx.epsilon_cutoff > 0, params=params)
@@ -45,7 +46,7 @@ def eta() -> LogitsTransform:
     def lowest(logits: Logits, state: State, ctx: SamplingContext) -> Float[Array, " B"]:
         log_e = jnp.log(ctx.eta_cutoff)
         log_eta = jnp.minimum(log_e, log_e / 2 - entropy(logits))
-        return log_eta + jax.nn.logsumexp(logits, axis=-1)
+        return log_eta + logsumexp(logits)[0]
 
     params = {"eta_cutoff": Param("float32", 0.0, _FRACTION)}
     return keep_from(lowest, lambda ctx: ctx.eta_cutoff > 0, params=params)
@@ -85,7 +86,7 @@ def typical() -> LogitsTransform:
             return jnp.abs(logits - centre[:, None])
 
         def centre_and_radius(logits: Logits) -> tuple[Array, Array]:
-            norm = jax.nn.logsumexp(logits, axis=-1)
+            norm = logsumexp(logits)[0]
             centre = norm - entropy(logits)
             p = jnp.exp(logits - norm[:, None])
             nearness = ordered(-distance(centre))
@@ -118,7 +119,7 @@ def xtc() -> LogitsTransform:
     """
 
     def bounds(logits: Logits, state: State, ctx: SamplingContext) -> Bounds:
-        viable = jnp.log(ctx.xtc_threshold) + jax.nn.logsumexp(logits, axis=-1)
+        viable = jnp.log(ctx.xtc_threshold) + logsumexp(logits)[0]
         least = jnp.where(logits >= viable[:, None], logits, jnp.inf).min(axis=-1)
         keys = jax.vmap(jax.random.fold_in, (0, None))(ctx.key, _XTC_STREAM)
         is_hit = jax.vmap(jax.random.uniform)(keys) < ctx.xtc_probability
