@@ -88,8 +88,10 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     for key, value in (extra or {}).items():
-        add = writer.add_string if isinstance(value, str) else writer.add_float32
-        add(f"{arch}.{key}", value)
+        if isinstance(value, str):
+            writer.add_string(f"{arch}.{key}", value)
+        else:
+            writer.add_float32(f"{arch}.{key}", value)
     if tokenizer is None:
         writer.add_eos_token_id(config.eos_token_ids[0])
     else:
@@ -142,7 +144,7 @@ def random_q4_k(rng: np.random.Generator, rows: int, cols: int) -> tuple[np.ndar
     """
     blocks, values = [], []
     for _ in range(rows * cols // 256):
-        d, dmin = np.float16(rng.uniform(0.001, 0.01, 2))
+        d, dmin = rng.uniform(0.001, 0.01, 2).astype(np.float16)
         scales, mins = rng.integers(0, 64, (2, 8), dtype=np.uint8)
         codes = rng.integers(0, 16, 256, dtype=np.uint8)
         packed = np.zeros(12, np.uint8)

@@ -94,10 +94,10 @@ def dense_attention(num_rows: int) -> Attend:
         k: Float[Array, "T K H"],
         v: Float[Array, "T K H"],
         angles: Rotation,
-        kv_pages: None,
-        meta: None,
+        kv_pages: Any,
+        meta: Any,
         ctx: "ForwardContext",
-    ) -> tuple[Float[Array, "T N H"], None]:
+    ) -> tuple[Float[Array, "T N H"], Any]:
         packed = (rotate(q, angles), rotate(k, angles), v)
         q_BSNH, k_BSKH, v_BSKH = (x.reshape(num_rows, -1, *x.shape[1:]) for x in packed)
         out = jax.nn.dot_product_attention(q_BSNH, k_BSKH, v_BSKH, is_causal=True)

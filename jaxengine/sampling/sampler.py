@@ -245,7 +245,8 @@ def sample(
         if len(shorter) < len(choices[-1]):
             choice = jnp.where(_is_any_on(every, beside=shorter), choice, len(choices))
             choices.append(shorter)
-    paths, path = [functools.partial(draw, parts) for parts in choices], choice
+    paths: list[Callable[..., Any]] = [functools.partial(draw, parts) for parts in choices]
+    path = choice
     if sampler.draw.is_greedy and all(stage.keeps_order for stage, *_ in always):
         is_random = (~sampler.draw.is_greedy(outside) & ctx.active).any()
         path = jnp.where((choice == len(choices) - 1) & ~is_random, len(paths), choice)

@@ -1,6 +1,7 @@
 """Named shapes of the weight product: what tests, deviceless compiles and benchmarks run."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +38,14 @@ class ArgSpec:
         return (2 if self.is_gated else 1) * self.num_columns, self.depth
 
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         """What is static of a call."""
         return dict(eps=1e-5 if self.has_norm else 0.0, glu=jax.nn.silu if self.is_gated else None)
 
     def shapes(self, dtype: jax.typing.DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns abstract arguments of the op, by name."""
         rows, (out, depth) = self.num_rows, self.weight_shape
-        shapes = dict(x=(rows, depth), weight=(out, depth))
+        shapes: dict[str, tuple[int, ...]] = dict(x=(rows, depth), weight=(out, depth))
         if self.has_norm:
             shapes["norm_weight"] = (depth,)
         if self.has_bias:

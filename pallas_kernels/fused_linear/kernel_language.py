@@ -4,7 +4,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 
-@triton.jit
+@triton.jit  # pyright: ignore[reportAttributeAccessIssue]
 def kernel(
     x_ptr,  # [M, DEPTH]
     w_ptr,  # [NUM_COLUMNS, DEPTH], gated twice as many

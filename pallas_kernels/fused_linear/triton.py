@@ -164,8 +164,8 @@ def fused_linear(
     def kernel(x_ref, w_ref, *refs):
         *optional, out_ref = refs
         refs_by_name = dict(zip(given, optional, strict=True))
-        neighbours = (refs_by_name.get(name) for name in operands)
-        _kernel(x_ref, w_ref, *neighbours, out_ref, call=call)
+        norm, bias, residual = (refs_by_name.get(name) for name in operands)
+        _kernel(x_ref, w_ref, norm, bias, residual, out_ref, call=call)
 
     kernel.__name__ = "fused_linear"
     return pl.pallas_call(

@@ -1,5 +1,7 @@
 """The attention ops in float64 numpy, one query and head after another: slow, and plainly right."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -19,9 +21,9 @@ def assert_close(got: jax.Array, want: jax.Array | np.ndarray, *, equal_nan: boo
 
 
 def paged_decode_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Any,
+    k: Any,
+    v: Any,
     cos: jax.Array,
     sin: jax.Array,
     kv_pages: jax.Array,

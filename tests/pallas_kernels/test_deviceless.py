@@ -113,13 +113,24 @@ def test_kernels_of_equal_layers_are_traced_and_compiled_once():
     spec = decode_specs.ARG_SPECS[0]
     args = [deviceless.arg(x.shape, x.dtype) for x in spec.shapes(jnp.bfloat16)]
 
-    def layers(q: jax.Array, caches: list[jax.Array], *args: jax.Array) -> Any:
-        *new, page_table, kv_lens = args
+    def layers(
+        q: jax.Array,
+        caches: list[jax.Array],
+        k: jax.Array,
+        v: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        page_table: jax.Array,
+        kv_lens: jax.Array,
+    ) -> Any:
         written = []
         for cache in caches:
             q, cache = paged_decode_attention(
                 q,
-                *new,
+                k,
+                v,
+                cos,
+                sin,
                 cache,
                 page_table,
                 kv_lens,
@@ -136,7 +147,8 @@ def test_kernels_of_equal_layers_are_traced_and_compiled_once():
     assert str(compiled.as_text()).count(TRITON_CALL) == 8
     assert not deviceless.large_copies(compiled)
     kv_bytes = 8 * 2 * cache.size
-    assert compiled.memory_analysis().alias_size_in_bytes >= kv_bytes
+    memory = compiled.memory_analysis()
+    assert memory is not None and memory.alias_size_in_bytes >= kv_bytes
 
 
 @pytest.mark.parametrize("target", ["h200", "a100"])

@@ -215,7 +215,7 @@ def test_parquet_keeps_the_types_of_its_columns(tmp_path: Path):
     files = sorted(path.name for path in (tmp_path / "out.parquet").iterdir())
     parts = [f"part-0000{i}.parquet" for i in range(4)]
     assert files == ["_job.json", "_manifest.json", *parts]
-    schema = pa.parquet.read_schema(tmp_path / "out.parquet" / parts[-1])
+    schema = pyarrow.parquet.read_schema(tmp_path / "out.parquet" / parts[-1])
     assert schema.field("score").type == pa.float64()
     assert pa.types.is_list(schema.field("tags").type)
     assert not {"prompt", "custom_id", "input"} & set(schema.names)

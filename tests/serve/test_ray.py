@@ -23,11 +23,11 @@ ROWS = [{"id": f"r{i}", "prompt": f"king {i}:\n" if i % 10 else "", "place": i} 
 
 def results_alone(demo: Any, tmp_path: Path) -> list[dict[str, Any]]:
     """The same rows as a batch job."""
-    pa.parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "in.parquet")
+    pyarrow.parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "in.parquet")
     batch.run(
         tmp_path / "in.parquet", tmp_path / "out.parquet", engine=demo, sampling_params=PARAMS
     )
-    return pa.parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    return pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
 
 
 def without_lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

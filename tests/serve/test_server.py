@@ -131,11 +131,8 @@ def test_logprobs_in_both_forms_whole_and_streamed(demo: Any, client: openai.Ope
     assert [len(entry.top_logprobs) for entry in content] == [2] * 8
     told_text = "".join(entry.token for entry in content).removesuffix(demo.tokenizer.eos_token)
     assert told_text == whole.choices[0].message.content
-    streamed = [
-        entry
-        for chunk in client.chat.completions.create(**chat, stream=True)
-        for entry in chunk.choices[0].logprobs.content
-    ]
+    chunks: Any = client.chat.completions.create(**chat, stream=True)
+    streamed = [entry for chunk in chunks for entry in chunk.choices[0].logprobs.content]
     assert streamed == content
 
 
@@ -208,7 +205,7 @@ def test_health_and_metrics(demo: Any, address: str, client: openai.OpenAI):
 def test_guards_hold(demo: Any):
     limits = Limits(api_key="secret", max_body_bytes=1000, requests_per_minute=8)
     with serving(make_app(demo, limits=limits)) as address:
-        key = {"Authorization": "Bearer secret"}
+        key: Any = {"Authorization": "Bearer secret"}
         small = b'{"prompt": "a", "max_tokens": 1}'
         for headers in ({}, {"Authorization": "Bearer wrong"}):
             status, body = request(address, "POST", "/v1/completions", small, **headers)
