@@ -118,4 +118,4 @@ def _few_sums(x: Array, axis: int, num_strands: int) -> tuple[Array, Array]:
     strands = jnp.split(x, num_strands if x.shape[axis] % num_strands == 0 else 1, axis=axis)
     # Finite even where all are removed: -inf - -inf is NaN.
     top = functools.reduce(jnp.maximum, strands, jnp.float32(LOWEST))
-    return top, sum(jnp.exp(strand - top) for strand in strands)
+    return top, functools.reduce(jnp.add, (jnp.exp(strand - top) for strand in strands))
