@@ -4,7 +4,7 @@ Teacher-forced: at every place it is fed what the engine drew before, so one ear
 rounding costs one place, not all that follow.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ GROWTH = 4
 
 
 class Judged(NamedTuple):
-    """What the plain path says of every output token, numpy arrays [n, ...].
+    """What the plain path says of every output token: arrays [n, ...], of numpy outside jit.
 
     Attributes:
       logprob: Its log-probability.
@@ -36,13 +36,13 @@ class Judged(NamedTuple):
       peak: Log-probability of `best`.
     """
 
-    logprob: np.ndarray
-    listed: np.ndarray
-    best: np.ndarray
-    margin: np.ndarray
-    rank: np.ndarray
-    mass: np.ndarray
-    peak: np.ndarray
+    logprob: Any
+    listed: Any
+    best: Any
+    margin: Any
+    rank: Any
+    mass: Any
+    peak: Any
 
 
 class PlainModel:

@@ -166,7 +166,7 @@ def _cpu_table(rows: Sequence[Row]) -> Iterator[str]:
     for key, workload in WORKLOADS.items():
         cells = [found.get((name, key)) for name in names]
         if any(cells):
-            values = [_number(cell and cell["value"]) for cell in cells]
+            values = [_number(None if cell is None else cell["value"]) for cell in cells]
             yield " | ".join([f"| {workload.title}", *values]) + " |"
 
 

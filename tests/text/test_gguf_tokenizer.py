@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -21,7 +22,7 @@ TEXTS = [
 ]
 
 
-def write(path: Path, add: object, architecture: str = "qwen2") -> Path:
+def write(path: Path, add: Callable[[gguf.GGUFWriter], None], architecture: str = "qwen2") -> Path:
     writer = gguf.GGUFWriter(path, architecture)
     add(writer)
     writer.write_header_to_file()
