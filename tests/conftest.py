@@ -22,6 +22,11 @@ def has_cuda_plugin() -> bool:
     return bool(find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda13"))
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Half of a test's time is tracing, which keeps one core busy; a GPU has room for one."""
+    return 0 if asks_for(config, "gpu") else min(4, os.cpu_count() or 1)
+
+
 def pytest_configure(config: pytest.Config):
     # A shell's background jobs start with interrupts ignored, and tests send some.
     signal.signal(signal.SIGINT, signal.default_int_handler)
