@@ -152,9 +152,9 @@ class SequenceOutput:
 
     def _note_weights(self, update: SequenceUpdate) -> None:
         """Remembers with which weights tokens were drawn, as (id, first token) of every change."""
-        ids = update.leaves.get(WEIGHTS_ID, ())
+        ids = update.leaves.get(WEIGHTS_ID)
         first = len(self._ids) - len(update.token_ids)
-        if update.token_ids and len(ids):
+        if update.token_ids and ids is not None:
             if not self._weights_ids or self._weights_ids[-1][0] != ids[0]:
                 self._weights_ids.append((int(ids[0]), first))
 

@@ -142,8 +142,8 @@ class Residency:
 
 def _checked(tags: Collection[str] | None) -> set[str]:
     """The tags; SGLang's name of what does not exist here is fine, too."""
-    wanted = set(TAGS) if not tags else {tags} if isinstance(tags, str) else set(tags)
+    wanted: set[str] = set(TAGS) if not tags else {tags} if isinstance(tags, str) else set(tags)
     unknown = wanted - {*TAGS, "cuda_graph"}
     if unknown:
         raise RequestError(f"`tags` must be among {', '.join(TAGS)}, got {sorted(unknown)}.")
-    return wanted & set(TAGS)
+    return {tag for tag in TAGS if tag in wanted}

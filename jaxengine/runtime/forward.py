@@ -33,10 +33,15 @@ SCORED_TOKENS = 256
 
 
 class Embeds(NamedTuple):
-    """Embeddings that stand for ids: of which tokens, and what they are."""
+    """Embeddings that stand for ids; arrays, tracers, or shapes alone.
 
-    is_given: Bool[Array, " T"]
-    values: Float[Array, "T D"]
+    Attributes:
+      is_given: bool [T], of which tokens.
+      values: [T, D], what they are.
+    """
+
+    is_given: Any
+    values: Any
 
 
 class Hidden(NamedTuple):

@@ -125,7 +125,7 @@ class Runner:
         return self._run_split(plan, samplers)
 
     @property
-    def device(self) -> jax.Device:
+    def device(self) -> Any:
         """Where the arrays are."""
         return jax.tree.leaves(self.target)[0].sharding.mesh.devices.flat[0]
 

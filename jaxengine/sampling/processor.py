@@ -40,7 +40,7 @@ def _as_transform(processor: Any) -> LogitsTransform:
     return LogitsTransform(_applier(processor))
 
 
-def _applier(processor: Callable[..., Logits]) -> Callable[..., Logits]:
+def _applier(processor: Callable[..., Any]) -> Callable[..., Logits]:
     def apply(logits: Logits, state: State, ctx: SamplingContext) -> Logits:
         return processor(logits, ctx)
 
