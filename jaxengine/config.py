@@ -9,14 +9,14 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from jaxengine.compat import nearest
 from jaxengine.engine_arguments import ENGINE_ARGUMENTS
 from jaxengine.errors import ConfigError
 from jaxengine.log import logger
 
-PolicyName = Literal["fcfs", "lpm", "priority"]
+SCHEDULE_POLICIES = ("fcfs", "lpm", "priority")
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 
@@ -176,7 +176,7 @@ class EngineConfig:
     max_total_tokens: int | None = None
     page_size: int = 16
     chunked_prefill_size: int | None = None
-    schedule_policy: PolicyName = "fcfs"
+    schedule_policy: str = "fcfs"
     enable_priority_scheduling: bool = False
     schedule_low_priority_values_first: bool = False
     priority_scheduling_preemption_threshold: int = 10
@@ -259,7 +259,7 @@ class EngineConfig:
         return _json_object("preferred_sampling_params", self.preferred_sampling_params or {})
 
     def _check_schedule(self) -> None:
-        _check_choice("schedule_policy", self.schedule_policy, get_args(PolicyName))
+        _check_choice("schedule_policy", self.schedule_policy, SCHEDULE_POLICIES)
         if self.enable_priority_scheduling and self.schedule_policy == "lpm":
             raise ConfigError(
                 '`enable_priority_scheduling` and `schedule_policy="lpm"` are two orders; '

@@ -16,7 +16,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from typing import Any, Literal
+from typing import Any
 
 from jaxengine import build as builder
 from jaxengine.call import Call
@@ -402,7 +402,7 @@ class Engine(SGLangNames):
         """Ends every request in flight."""
         self._submitter.abort(lambda rid: True)
 
-    def pause(self, mode: Literal["in_place", "retract", "abort"] = "in_place") -> None:
+    def pause(self, mode: str = "in_place") -> None:
         """Waits for the window under way, and lets no other begin before `resume`.
 
         Requests that come meanwhile wait; their `timeout_s` runs on.

@@ -3,7 +3,6 @@
 from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from jaxengine.scheduler.sequence import Sequence
 
@@ -26,7 +25,7 @@ class Policy:
       low_values_first: Low priorities are the better ones.
     """
 
-    schedule_policy: Literal["fcfs", "lpm", "priority"] = "fcfs"
+    schedule_policy: str = "fcfs"
     preemption_threshold: int | None = 10
     low_values_first: bool = False
 
