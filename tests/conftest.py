@@ -23,7 +23,7 @@ def has_cuda_plugin() -> bool:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Half of a test's time is tracing, which keeps one core busy; a GPU has room for one."""
+    """Tracing keeps one core busy, so a few at a time; a GPU has room for one."""
     return 0 if asks_for(config, "gpu") else min(4, os.cpu_count() or 1)
 
 
