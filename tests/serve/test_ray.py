@@ -52,7 +52,6 @@ def test_a_stage_gives_what_a_batch_job_gives(demo: Any, demo_settings: Any, tmp
     assert without_lines(rows) == without_lines(results_alone(demo, tmp_path))
 
 
-@pytest.mark.nightly  # Ray is not among the packages of the other tests
 @pytest.mark.filterwarnings("ignore")
 def test_an_engine_fits_the_stage_that_ray_has_for_sglang(demo: Any, demo_settings: Any):
     install_as_sglang()
@@ -87,7 +86,6 @@ class Mortal(Generate):
             yield result
 
 
-@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.timeout(300)
 def test_an_actor_that_is_killed_loses_no_row(
