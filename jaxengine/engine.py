@@ -542,7 +542,7 @@ class Engine(SGLangNames):
         return not self._worker.is_dead
 
     def start_profile(self, output_dir: str | None = None, **others: Any) -> None:
-        """Starts a trace of the process; its steps are named by bucket, "decode_b32_p64_k8".
+        """Starts a trace of the process; its steps are named by bucket, "decode_b32_k8".
 
         Args:
           output_dir: Folder it will be written to; a fresh temporary one when None.
