@@ -151,7 +151,7 @@ def build(
     scheduler = Scheduler(
         limits.buckets,
         PagePool(limits.num_pages),
-        lambda key: programs.is_ready(ProgramKey(*key)),
+        lambda kind, size: programs.is_ready(ProgramKey(kind, size)),
         policy=_policy(config),
         has_prefix_cache=not config.disable_radix_cache,
     )
@@ -317,7 +317,6 @@ def settle(
         buckets=Buckets(
             decode_rows=(*(b for b in decode if b < slots), slots),
             prefill_tokens=(*(t for t in prefill if t < chunk), chunk),
-            num_pages=(pages_per_sequence,),
             num_slots=slots,
             page_size=config.page_size,
             max_window_steps=config.max_window_steps,

@@ -267,12 +267,12 @@ class FakeRunner:
         slots = [self._slot(row) for row in plan.rows]
         for slot, row in zip(slots, plan.rows, strict=True):
             # Not what other rows of this plan bring: it is not there before they are computed.
-            self._attend(slot, row.start, plan.num_pages)
+            self._attend(slot, row.start)
         for slot, row in zip(slots, plan.rows, strict=True):
-            self._feed(slot, row.start, row.token_ids, plan.num_pages)
+            self._feed(slot, row.start, row.token_ids)
         for i, (slot, row) in enumerate(zip(slots, plan.rows, strict=True)):
             kv_len = row.start + len(row.token_ids)
-            self._attend(slot, kv_len, plan.num_pages)
+            self._attend(slot, kv_len)
             if row.draws:
                 token_ids[i, 0] = slot.draw(kv_len, int(row.token_ids[-1]))
         targets = [np.full(1, -1) if row.targets is None else row.targets for row in plan.rows]
@@ -288,9 +288,9 @@ class FakeRunner:
             if not active:
                 break
             for _, slot in active:
-                self._feed(slot, slot.position, np.asarray([slot.token]), plan.num_pages)
+                self._feed(slot, slot.position, np.asarray([slot.token]))
             for i, slot in active:
-                self._attend(slot, slot.position + 1, plan.num_pages)
+                self._attend(slot, slot.position + 1)
                 member = plan.rows[i].member
                 if member == 0:
                     token_ids[i, step] = slot.draw(slot.position + 1, slot.token)
@@ -302,7 +302,7 @@ class FakeRunner:
         request, num_outputs = row.request, len(row.output_ids)
         self._leaders |= {companion.seq_id: request for companion in request.companions}
         text, marks = self._expected(request)
-        page_table = np.zeros(self._buckets.num_pages[-1], np.int64)
+        page_table = np.zeros(self._num_pages, np.int64)
         position = len(request.prompt_ids) + num_outputs - 1
         slot = FakeSlot(request, text, marks, page_table, int(text[position]), position)
         if num_outputs:
@@ -332,19 +332,19 @@ class FakeRunner:
         assert slot is not None and slot.request.seq_id == row.seq_id, "a row is in a foreign slot"
         return slot
 
-    def _feed(self, slot: FakeSlot, start: int, tokens: np.ndarray, num_pages: int) -> None:
+    def _feed(self, slot: FakeSlot, start: int, tokens: np.ndarray) -> None:
         positions = np.arange(start, start + len(tokens))
-        pages = slot.page_table[:num_pages][positions // self._buckets.page_size]
+        pages = slot.page_table[positions // self._buckets.page_size]
         assert pages.all(), f"sequence {slot.request.seq_id} writes into the null page"
         assert np.array_equal(tokens, slot.text[positions]), "a wrong token is fed"
         if self._is_eager:
             self.written.update(pages.tolist())
         self._kv[pages, positions % self._buckets.page_size] = slot.marks[positions]
 
-    def _attend(self, slot: FakeSlot, kv_len: int, num_pages: int) -> None:
+    def _attend(self, slot: FakeSlot, kv_len: int) -> None:
         """The text up to `kv_len` must stand in the row's pages."""
         num_read = -(-kv_len // self._buckets.page_size)
-        pages = slot.page_table[:num_pages][:num_read]
+        pages = slot.page_table[:num_read]
         got = self._kv[pages].reshape(-1)[:kv_len]
         if not np.array_equal(got, slot.marks[:kv_len]):
             wrong = np.flatnonzero(got != slot.marks[: len(got)])
@@ -360,7 +360,6 @@ def check_shapes(plan: StepPlan, buckets: Buckets) -> None:
     """Asserts that a plan fits one of the compiled programs."""
     slots = [row.slot for row in plan.rows]
     assert 0 < len(slots) == len(set(slots)), "a plan has no rows, or a slot twice"
-    assert plan.num_pages in buckets.num_pages
     assert {write.slot for write in plan.page_writes} <= set(slots)
     if isinstance(plan, DecodePlan):
         assert plan.num_rows in buckets.decode_rows and len(slots) <= plan.num_rows

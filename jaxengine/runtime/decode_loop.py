@@ -144,7 +144,6 @@ class SamplerSteps:
         packed: Int[Array, " size"],
         *,
         num_tokens: int,
-        num_pages: int,
     ) -> tuple[DeviceState, Seats, Results, Hidden]:
         """Runs packed chunks of several prompts, and draws the first token of those that end.
 
@@ -155,7 +154,6 @@ class SamplerSteps:
           arrays: The sampler's own.
           packed: `batch.pack_prefill`.
           num_tokens: Bucket of the packed length.
-          num_pages: Bucket of pages a sequence may have.
 
         Returns:
           What was donated, the results of one step, and the hidden states of all tokens.
@@ -165,7 +163,7 @@ class SamplerSteps:
         state = forward.edit(state, plan)
         table = edit_table(self.layout, seats.table, plan, "seat_")
         rows = read_rows(state.slots, plan["slot_ids"])
-        hidden, last, cursor, state = forward.run_prefill(params, state, rows, plan, num_pages)
+        hidden, last, cursor, state = forward.run_prefill(params, state, rows, plan)
         drawn_from = hidden.final[last]
         logits = forward.model.bind(params).logits(drawn_from, forward.ctx)
         group = self._group(rows, table, jnp.arange(len(last)))
@@ -189,7 +187,6 @@ class SamplerSteps:
         packed: Int[Array, " size"],
         *,
         num_rows: int,
-        num_pages: int,
         has_hidden: bool = False,
     ) -> tuple[DeviceState, Seats, Results]:
         """A window: up to `num_steps` tokens for every row, until all rows are done.
@@ -201,7 +198,6 @@ class SamplerSteps:
           arrays: The sampler's own.
           packed: `batch.pack_decode`.
           num_rows: Bucket of the batch.
-          num_pages: Bucket of pages a sequence may have.
           has_hidden: Report the hidden state of every token fed, the last of a row included.
 
         Returns:
@@ -218,7 +214,7 @@ class SamplerSteps:
 
         def step(w: _Window) -> _Window:
             hidden, kv_cache, counts = forward.run_decode(
-                params, w.kv_cache, w.token_counts, rows, w.cursor, num_pages
+                params, w.kv_cache, w.token_counts, rows, w.cursor
             )
             logits = model.logits(hidden.final, forward.ctx)
             drawn, sampler, cursor = self._draw(

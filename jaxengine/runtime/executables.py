@@ -36,7 +36,7 @@ class ProgramSpec:
     """A function and the shapes to compile it for.
 
     Attributes:
-      name: For profiles and progress, e.g. "decode_b32_p64".
+      name: For profiles and progress, e.g. "decode_b32".
       fn: Pure function of `args`.
       args: Abstract arguments, placed on the mesh.
       donate: Positions of donated arguments.

@@ -24,7 +24,7 @@ from jaxengine.runtime.state import (
     edit_table,
     read_rows,
 )
-from jaxengine.sampling.logprobs import Wants, listed_logprobs, token_logprob
+from jaxengine.sampling.logprobs import Wants, scores
 from jaxengine.scheduler.buckets import Buckets
 from jaxengine.types import MAX_LOGPROB_IDS, NULL_PAGE
 
@@ -100,7 +100,6 @@ class Forward:
         packed: Int[Array, " size"],
         *,
         num_tokens: int,
-        num_pages: int,
         embeds: Embeds | None = None,
     ) -> tuple[DeviceState, Float[Array, "B V"], Float[Array, "B D"], Hidden]:
         """Runs packed chunks of several prompts.
@@ -111,7 +110,6 @@ class Forward:
           packed: `batch.pack_prefill`.
           embeds: In place of the embeddings of some ids.
           num_tokens: Bucket of the packed length.
-          num_pages: Bucket of pages a sequence may have.
 
         Returns:
           The new state, in which rows that draw stand before their first token; logits and
@@ -121,7 +119,7 @@ class Forward:
         plan = batch.prefill_packing(self.buckets, num_tokens).unpack(packed)
         state = self.edit(state, plan)
         rows = read_rows(state.slots, plan["slot_ids"])
-        hidden, last, cursor, state = self.run_prefill(params, state, rows, plan, num_pages, embeds)
+        hidden, last, cursor, state = self.run_prefill(params, state, rows, plan, embeds)
         drawing = jnp.where(cursor.is_done, batch.DROPPED, rows.slot_ids)
         state = dataclasses.replace(
             state, slots=self.layout.write(state.slots, drawing, cursor._asdict())
@@ -137,7 +135,6 @@ class Forward:
         packed: Int[Array, " size"],
         *,
         num_rows: int,
-        num_pages: int,
     ) -> tuple[DeviceState, Float[Array, "B V"], Hidden]:
         """One step of every row: the new state, logits and hidden states; nothing is drawn."""
         plan = batch.decode_packing(self.buckets, num_rows).unpack(packed)
@@ -145,7 +142,7 @@ class Forward:
         rows = read_rows(state.slots, plan["slot_ids"])
         cursor = self.cursor(rows)
         hidden, kv_cache, counts = self.run_decode(
-            params, state.kv_cache, state.token_counts, rows, cursor, num_pages
+            params, state.kv_cache, state.token_counts, rows, cursor
         )
         fed = {"num_counted": cursor.position + 1}
         state = DeviceState(
@@ -185,11 +182,7 @@ class Forward:
             hidden, target, row = part
             logits = model.logits(hidden, self.ctx)
             all_rows = jnp.ones(target.shape, bool)
-            wants = Wants(all_rows, all_rows, ids[row], self.num_top)
-            return {
-                "logprob": token_logprob(logits, target),
-                **listed_logprobs(logits, wants),
-            }
+            return scores(logits, target, Wants(all_rows, all_rows, ids[row], self.num_top))
 
         size = min(SCORED_TOKENS, num_tokens)
         padded = -(-num_tokens // size) * size
@@ -231,7 +224,6 @@ class Forward:
         state: DeviceState,
         rows: Rows,
         plan: Segments,
-        num_pages: int,
         embeds: Embeds | None = None,
     ) -> tuple[Hidden, Int[Array, " R"], Cursor, DeviceState]:
         """Hidden states of all tokens, the place of each row's last, and where the rows stand.
@@ -246,7 +238,7 @@ class Forward:
         is_token = token < q_starts[-1]
         row = jnp.where(is_token, row, 0)
         position = jnp.where(is_token, kv_lens[row] - q_lens[row] + token - q_starts[row], 0)
-        page_table = self.column(rows, "page_table")[:, :num_pages]
+        page_table = self.column(rows, "page_table")
         page = page_table[row, position // self.buckets.page_size]
         meta = AttentionMetadata(
             page_table=page_table,
@@ -290,11 +282,10 @@ class Forward:
         counts: Int[Array, "S V"],
         rows: Rows,
         cursor: Cursor,
-        num_pages: int,
     ) -> tuple[Hidden, list[Any], Int[Array, "S V"]]:
         """Feeds every row's last token: hidden states, KV cache, token counts."""
         num_rows = cursor.token.shape[0]
-        page_table = self.column(rows, "page_table")[:, :num_pages]
+        page_table = self.column(rows, "page_table")
         active = ~cursor.is_done
         meta = AttentionMetadata(
             page_table=page_table,

@@ -63,16 +63,16 @@ class ProgramFactory:
         """Programs that a short first request runs."""
         buckets = self.forward.buckets
         return (
-            ProgramKey("prefill", buckets.prefill_tokens[0], buckets.num_pages[0]),
-            ProgramKey("decode", buckets.decode_rows[0], buckets.num_pages[0]),
+            ProgramKey("prefill", buckets.prefill_tokens[0]),
+            ProgramKey("decode", buckets.decode_rows[0]),
         )
 
     def first_forwards(self) -> tuple[ProgramKey, ...]:
         """The same for the split form."""
         buckets = self.forward.buckets
         return (
-            ProgramKey("forward_prefill", buckets.prefill_tokens[0], buckets.num_pages[0]),
-            ProgramKey("forward_decode", buckets.split_rows[0], buckets.num_pages[0]),
+            ProgramKey("forward_prefill", buckets.prefill_tokens[0]),
+            ProgramKey("forward_decode", buckets.split_rows[0]),
         )
 
     def fused(self, steps: SamplerSteps, *, is_cached: bool) -> dict[ProgramKey, ProgramSpec]:
@@ -80,44 +80,36 @@ class ProgramFactory:
         buckets, owner = self.forward.buckets, steps.owner
         common = (self.params, self.state, self.seats(steps), self._shapes(steps.sampler.arrays))
         specs = self.edits(steps, is_cached=is_cached)
-        for pages in buckets.num_pages:
-            for tokens in buckets.prefill_tokens:
-                specs[ProgramKey("prefill", tokens, pages, owner)] = ProgramSpec(
-                    name=f"prefill_t{tokens}_p{pages}",
-                    fn=lambda *args, t=tokens, p=pages: steps.prefill(
-                        *args, num_tokens=t, num_pages=p
-                    ),
-                    args=(*common, self._packed(batch.prefill_packing(buckets, tokens))),
-                    donate=(1, 2),
-                    options=self._options,
-                    cost=tokens,
-                    is_cached=is_cached,
-                )
-            for rows in buckets.decode_rows:
-                key = ProgramKey("decode", rows, pages, owner)
-                specs[key] = self._window(steps, key, common, is_cached=is_cached)
+        for tokens in buckets.prefill_tokens:
+            specs[ProgramKey("prefill", tokens, owner)] = ProgramSpec(
+                name=f"prefill_t{tokens}",
+                fn=functools.partial(steps.prefill, num_tokens=tokens),
+                args=(*common, self._packed(batch.prefill_packing(buckets, tokens))),
+                donate=(1, 2),
+                options=self._options,
+                cost=tokens,
+                is_cached=is_cached,
+            )
+        for rows in buckets.decode_rows:
+            key = ProgramKey("decode", rows, owner)
+            specs[key] = self._window(steps, key, common, is_cached=is_cached)
         return specs
 
     def hidden_windows(self, steps: SamplerSteps, *, is_cached: bool) -> Specs:
         """Windows that report hidden states."""
         buckets = self.forward.buckets
         common = (self.params, self.state, self.seats(steps), self._shapes(steps.sampler.arrays))
-        keys = [
-            ProgramKey(HIDDEN_DECODE, rows, pages, steps.owner)
-            for pages in buckets.num_pages
-            for rows in buckets.decode_rows
-        ]
+        keys = [ProgramKey(HIDDEN_DECODE, rows, steps.owner) for rows in buckets.decode_rows]
         return {key: self._window(steps, key, common, is_cached=is_cached) for key in keys}
 
     def _window(
         self, steps: SamplerSteps, key: ProgramKey, common: tuple[Any, ...], *, is_cached: bool
     ) -> ProgramSpec:
         return ProgramSpec(
-            name=f"{key.kind}_b{key.size}_p{key.num_pages}",
+            name=f"{key.kind}_b{key.size}",
             fn=functools.partial(
                 steps.decode,
                 num_rows=key.size,
-                num_pages=key.num_pages,
                 has_hidden=key.kind == HIDDEN_DECODE,
             ),
             args=(*common, self._packed(batch.decode_packing(self.forward.buckets, key.size))),
@@ -171,37 +163,25 @@ class ProgramFactory:
     def forwards(self) -> dict[ProgramKey, ProgramSpec]:
         """Steps without a sampler, for the split form."""
         specs, forward, buckets = {}, self.forward, self.forward.buckets
-        for pages in buckets.num_pages:
-            for tokens in buckets.prefill_tokens:
-                specs[ProgramKey("forward_prefill", tokens, pages)] = ProgramSpec(
-                    name=f"forward_prefill_t{tokens}_p{pages}",
-                    fn=lambda *args, t=tokens, p=pages: forward.prefill(
-                        *args, num_tokens=t, num_pages=p
-                    ),
-                    args=(
-                        self.params,
-                        self.state,
-                        self._packed(batch.prefill_packing(buckets, tokens)),
-                    ),
-                    donate=(1,),
-                    options=self._options,
-                    cost=tokens,
-                )
-            for rows in buckets.split_rows:
-                specs[ProgramKey("forward_decode", rows, pages)] = ProgramSpec(
-                    name=f"forward_decode_b{rows}_p{pages}",
-                    fn=lambda *args, r=rows, p=pages: forward.decode(
-                        *args, num_rows=r, num_pages=p
-                    ),
-                    args=(
-                        self.params,
-                        self.state,
-                        self._packed(batch.decode_packing(buckets, rows)),
-                    ),
-                    donate=(1,),
-                    options=self._options,
-                    cost=rows,
-                )
+        common = (self.params, self.state)
+        for tokens in buckets.prefill_tokens:
+            specs[ProgramKey("forward_prefill", tokens)] = ProgramSpec(
+                name=f"forward_prefill_t{tokens}",
+                fn=functools.partial(forward.prefill, num_tokens=tokens),
+                args=(*common, self._packed(batch.prefill_packing(buckets, tokens))),
+                donate=(1,),
+                options=self._options,
+                cost=tokens,
+            )
+        for rows in buckets.split_rows:
+            specs[ProgramKey("forward_decode", rows)] = ProgramSpec(
+                name=f"forward_decode_b{rows}",
+                fn=functools.partial(forward.decode, num_rows=rows),
+                args=(*common, self._packed(batch.decode_packing(buckets, rows))),
+                donate=(1,),
+                options=self._options,
+                cost=rows,
+            )
         return specs
 
     def embeds(self) -> Specs:
@@ -214,9 +194,9 @@ class ProgramFactory:
             embeds = Embeds(self._array((key.size,), jnp.bool_), values)
             specs[key._replace(kind="embeds_prefill")] = dataclasses.replace(
                 spec,
-                name=f"embeds_prefill_t{key.size}_p{key.num_pages}",
+                name=f"embeds_prefill_t{key.size}",
                 fn=lambda *args, k=key: forward.prefill(
-                    *args[:3], num_tokens=k.size, num_pages=k.num_pages, embeds=args[3]
+                    *args[:3], num_tokens=k.size, embeds=args[3]
                 ),
                 args=(*spec.args, embeds),
             )

@@ -24,13 +24,11 @@ class ProgramKey(NamedTuple):
     Attributes:
       kind: "prefill", "decode", ...
       size: Its bucket of tokens or rows; 0 where there is only one.
-      num_pages: Its bucket of pages a sequence may have; 0 where it has none.
       owner: Which `SamplerSteps` it belongs to; 0 is the engine's own, and those of none.
     """
 
     kind: str
     size: int = 0
-    num_pages: int = 0
     owner: int = 0
 
 

@@ -202,14 +202,14 @@ class Runner:
             kind, specs, extra = "forward_prefill", self._factory.forwards, ()
             if any(row.embeds is not None for row in plan.rows):
                 kind, specs, extra = "embeds_prefill", self._factory.embeds, (self._embeds(plan),)
-            program = self._program(ProgramKey(kind, plan.num_tokens, plan.num_pages), specs)
+            program = self._program(ProgramKey(kind, plan.num_tokens), specs)
             packed = self._pack_prefill(plan, None)
             self._state, logits, last, hidden = program(self.params, self._state, packed, *extra)
             drawn += self._draw(plan, samplers, logits, last, 0)
             return self._handle(plan, drawn, self._score(plan, hidden))
         buckets = self._factory.forward.buckets
         num_rows = buckets.split_size(len(plan.rows))
-        key = ProgramKey("forward_decode", num_rows, plan.num_pages)
+        key = ProgramKey("forward_decode", num_rows)
         program = self._program(key, self._factory.forwards)
         packed = self._pack_decode(plan, num_rows)
         again = batch.pack_decode(plan, buckets, num_rows, batch.NO_EDITS)
@@ -365,7 +365,7 @@ def _key(plan: StepPlan, sampler: LiveSampler) -> ProgramKey:
     """The program that runs a plan with this sampler in it."""
     is_prefill = isinstance(plan, PrefillPlan)
     kind, size = ("prefill", plan.num_tokens) if is_prefill else ("decode", plan.num_rows)
-    return ProgramKey(kind, size, plan.num_pages, sampler.steps.owner)
+    return ProgramKey(kind, size, sampler.steps.owner)
 
 
 def _zeros(shapes: Any) -> Any:

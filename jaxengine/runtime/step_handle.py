@@ -125,5 +125,5 @@ class StepHandle:
 def label(plan: StepPlan) -> str:
     """A step's name in a profile."""
     if isinstance(plan, PrefillPlan):
-        return f"prefill_t{plan.num_tokens}_p{plan.num_pages}"
-    return f"decode_b{plan.num_rows}_p{plan.num_pages}_k{plan.num_steps}"
+        return f"prefill_t{plan.num_tokens}"
+    return f"decode_b{plan.num_rows}_k{plan.num_steps}"

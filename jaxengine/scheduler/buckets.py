@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+type IsReady = Callable[[str, int], bool]
+"""Says of a kind ("prefill", "decode") and a size whether that program is compiled."""
+
 MAX_PADDING = 256
 """Places a prefill may leave empty whatever its size: they cost less than another prefill."""
 
@@ -14,8 +17,6 @@ class Buckets:
     Attributes:
       decode_rows: Batch sizes of decode windows, ascending.
       prefill_tokens: Packed lengths of prefills, ascending.
-      num_pages: Pages a sequence may have, ascending; one entry where a kernel stops at each
-        row's length, several where plain XLA reads them all.
       num_slots: Sequences that may run at once.
       page_size: Tokens in a page.
       max_window_steps: Longest decode window.
@@ -23,7 +24,6 @@ class Buckets:
 
     decode_rows: tuple[int, ...]
     prefill_tokens: tuple[int, ...]
-    num_pages: tuple[int, ...]
     num_slots: int
     page_size: int
     max_window_steps: int
@@ -64,23 +64,14 @@ class Buckets:
         per_row = -(-self.max_window_steps // self.page_size) + 1
         return num_rows * per_row
 
-    def shape(
-        self, kind: str, needed: int, num_tokens: int, is_ready: Callable[..., bool]
-    ) -> tuple[int, int]:
-        """The smallest compiled shape that fits; one that is ready now is preferred.
+    def size(self, kind: str, needed: int, is_ready: IsReady) -> int:
+        """The smallest size that fits; one whose program is ready now is preferred.
 
         Args:
           kind: "prefill" or "decode".
           needed: Packed tokens, or rows.
-          num_tokens: Length of the longest sequence.
-          is_ready: Says of `(kind, size, pages)` whether its program is compiled.
+          is_ready: Which programs are compiled.
         """
         sizes = self.decode_rows if kind == "decode" else self.prefill_tokens
-        fits = [
-            (size, pages)
-            for size in sizes
-            for pages in self.num_pages
-            if size >= needed and pages * self.page_size >= num_tokens
-        ]
-        ready = [shape for shape in fits if is_ready((kind, *shape))]
-        return min(ready or fits)
+        fits = [size for size in sizes if size >= needed]
+        return min([size for size in fits if is_ready(kind, size)] or fits)

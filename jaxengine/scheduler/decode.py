@@ -4,11 +4,11 @@ All of it runs while the device is busy with the window before, for hundreds of 
 of every row is asked once, and reckoned with arrays.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from jaxengine.scheduler.buckets import IsReady
 from jaxengine.scheduler.plan import DecodePlan, DecodeRow, PageWrite
 from jaxengine.scheduler.roster import Roster
 from jaxengine.scheduler.sequence import Member, Sequence, Status
@@ -22,7 +22,7 @@ WAITING_SHARE = 32
 a prefill that is worth interrupting all others for, few enough rows that idle until then."""
 
 
-def plan_decode(roster: Roster, is_ready: Callable[..., bool]) -> DecodePlan | None:
+def plan_decode(roster: Roster, is_ready: IsReady) -> DecodePlan | None:
     """The next window, of fewer steps or sequences where pages are short.
 
     None when nobody can decode, or when what is under way must be read first: it may end some of
@@ -108,7 +108,7 @@ def _has_pages(roster: Roster, batch: _Batch, steps: int) -> bool:
     return int(missing.clip(0).sum()) <= roster.cache.num_available
 
 
-def _plan(roster: Roster, batch: _Batch, steps: int, is_ready: Callable[..., bool]) -> DecodePlan:
+def _plan(roster: Roster, batch: _Batch, steps: int, is_ready: IsReady) -> DecodePlan:
     page_size = roster.buckets.page_size
     pages = np.maximum(batch.row_pages, batch.pages_after(steps, page_size))
     writes: list[PageWrite] = []
@@ -122,8 +122,7 @@ def _plan(roster: Roster, batch: _Batch, steps: int, is_ready: Callable[..., boo
     ]
     for sequence, left in zip(batch.sequences, batch.num_left, strict=True):
         sequence.num_scheduled += min(steps, left)
-    longest = int(pages.max()) * page_size
-    num_rows, num_pages = roster.buckets.shape("decode", len(rows), longest, is_ready)
+    num_rows = roster.buckets.size("decode", len(rows), is_ready)
     stats = roster.stats
     stats.num_windows += 1
     stats.num_window_steps += steps
@@ -131,6 +130,4 @@ def _plan(roster: Roster, batch: _Batch, steps: int, is_ready: Callable[..., boo
     stats.num_decode_rows += len(rows)
     stats.num_decode_padding += num_rows - len(rows)
     stats.num_row_steps += steps * len(rows)
-    return DecodePlan(
-        num_rows=num_rows, num_pages=num_pages, num_steps=steps, rows=rows, page_writes=writes
-    )
+    return DecodePlan(num_rows=num_rows, num_steps=steps, rows=rows, page_writes=writes)

@@ -68,14 +68,12 @@ class PrefillPlan:
 
     Attributes:
       num_tokens: Bucket of the packed length.
-      num_pages: Bucket of pages a sequence may have.
       rows: Chunks, packed in this order.
       new_rows: Slots to fill first.
       page_writes: Page-table entries to write first.
     """
 
     num_tokens: int
-    num_pages: int
     rows: list[PrefillRow]
     new_rows: list[NewRow] = field(default_factory=list)
     page_writes: list[PageWrite] = field(default_factory=list)
@@ -114,14 +112,12 @@ class DecodePlan:
 
     Attributes:
       num_rows: Bucket of the batch.
-      num_pages: Bucket of pages a sequence may have.
       num_steps: Steps of the window; rows that end earlier are masked.
       rows: Sequences that decode.
       page_writes: Page-table entries to write first.
     """
 
     num_rows: int
-    num_pages: int
     num_steps: int
     rows: list[DecodeRow]
     page_writes: list[PageWrite] = field(default_factory=list)

@@ -1,7 +1,6 @@
 """Plans prefills: whose prompts, in which chunks, packed into one call."""
 
-from collections.abc import Callable
-
+from jaxengine.scheduler.buckets import IsReady
 from jaxengine.scheduler.plan import NewRow, PageWrite, PrefillPlan, PrefillRow
 from jaxengine.scheduler.prefix_cache import Match, Prefix
 from jaxengine.scheduler.roster import Roster
@@ -33,7 +32,7 @@ class PrefillDraft:
         self._page_writes: list[PageWrite] = []
         self._computing: set[tuple[Prefix, bytes]] = set()
 
-    def plan(self, is_ready: Callable[..., bool]) -> PrefillPlan | None:
+    def plan(self, is_ready: IsReady) -> PrefillPlan | None:
         """Takes in the rest of running prompts, then those who wait; None if there is nobody."""
         for sequence in self._roster.running:
             if sequence.status is Status.PREFILLING:
@@ -122,19 +121,16 @@ class PrefillDraft:
             embeds=sequence.embeds(start, count) if is_leader else None,
         )
 
-    def _finished(self, is_ready: Callable[..., bool]) -> PrefillPlan:
+    def _finished(self, is_ready: IsReady) -> PrefillPlan:
         buckets, stats = self._roster.buckets, self._roster.stats
         num_tokens = sum(len(row.token_ids) for row in self._rows)
-        longest = max(row.start + len(row.token_ids) for row in self._rows)
         sizes = [t for t in buckets.prefill_tokens if buckets.prefill_rows(t) >= len(self._rows)]
-        needed = max(num_tokens, sizes[0])
-        shape = buckets.shape("prefill", needed, longest, is_ready)
+        size = buckets.size("prefill", max(num_tokens, sizes[0]), is_ready)
         stats.num_prefills += 1
         stats.num_prefill_tokens += num_tokens
-        stats.num_prefill_padding += shape[0] - num_tokens
+        stats.num_prefill_padding += size - num_tokens
         return PrefillPlan(
-            num_tokens=shape[0],
-            num_pages=shape[1],
+            num_tokens=size,
             rows=self._rows,
             new_rows=self._new_rows,
             page_writes=self._page_writes,

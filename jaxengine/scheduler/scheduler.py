@@ -5,12 +5,12 @@ can be given away at once: whatever is still in flight reads and writes them bef
 For the same reason a page may be shared as soon as the step that fills it was planned.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from jaxengine.errors import NaNLogitsError, SamplerError, StepError
-from jaxengine.scheduler.buckets import Buckets
+from jaxengine.scheduler.buckets import Buckets, IsReady
 from jaxengine.scheduler.decode import plan_decode
 from jaxengine.scheduler.page_pool import PagePool
 from jaxengine.scheduler.plan import DecodePlan, PrefillPlan, StepPlan, StepResult
@@ -32,7 +32,7 @@ class Scheduler:
         self,
         buckets: Buckets,
         pool: PagePool,
-        is_ready: Callable[[tuple[str, int, int]], bool] = lambda key: True,
+        is_ready: IsReady = lambda kind, size: True,
         *,
         policy: Policy = Policy(),  # noqa: B008
         has_prefix_cache: bool = True,
@@ -42,7 +42,7 @@ class Scheduler:
         Args:
           buckets: Shapes a plan may have.
           pool: Pages.
-          is_ready: Says of `(kind, size, pages)` whether its program is compiled.
+          is_ready: Which programs are compiled.
           policy: Who is next.
           has_prefix_cache: Texts that begin alike share pages.
         """

@@ -27,7 +27,7 @@ POOL_TOKENS = 240
 
 @pytest.fixture(scope="session")
 def step_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Windows of a single step; and one page a sequence, so half as many programs."""
+    """Windows of a single step, and one page a sequence: the plainest an engine can be."""
     single = {"page_size": 256, "chunked_prefill_size": 256, "prefill_buckets": (256,)}
     return {**settings, **single, "max_window_steps": 1, "max_total_tokens": 1024}
 

@@ -114,7 +114,7 @@ def test_shutdown_while_programs_compile_fails_those_who_wait_for_them(
     load, first = ExecutableCache.load, ProgramFactory.first
 
     def load_slowly(self: ExecutableCache, spec: ProgramSpec) -> Any:
-        if spec.name == "decode_b4_p16":
+        if spec.name == "decode_b4":
             is_asked.set()
             is_released.wait(20)
         return load(self, spec)

@@ -26,7 +26,6 @@ from jaxengine.types import Param, SequenceRequest
 BUCKETS = Buckets(
     decode_rows=(1, 4, 8),
     prefill_tokens=(32, 256),
-    num_pages=(16,),
     num_slots=8,
     page_size=16,
     max_window_steps=32,
@@ -61,12 +60,12 @@ def chunk(slot: int, start: int, count: int, draws: bool = True) -> PrefillRow:
 
 
 def prefill_plan(*rows: PrefillRow, num_tokens: int = 32, **kwargs: Any) -> PrefillPlan:
-    return PrefillPlan(num_tokens=num_tokens, num_pages=16, rows=list(rows), **kwargs)
+    return PrefillPlan(num_tokens=num_tokens, rows=list(rows), **kwargs)
 
 
 def decode_plan(*slots: int, num_rows: int = 4, **kwargs: Any) -> DecodePlan:
     rows = [DecodeRow(slot, slot) for slot in slots]
-    return DecodePlan(num_rows=num_rows, num_pages=16, num_steps=17, rows=rows, **kwargs)
+    return DecodePlan(num_rows=num_rows, num_steps=17, rows=rows, **kwargs)
 
 
 def apply(
@@ -187,7 +186,7 @@ def test_what_overflows_does_not_fit():
 
 def test_companions_follow_their_leader():
     rows = [DecodeRow(i, i, 3, member) for i, member in enumerate((0, 0, 1, 2, 0, 1))]
-    plan = DecodePlan(num_rows=8, num_pages=16, num_steps=4, rows=rows)
+    plan = DecodePlan(num_rows=8, num_steps=4, rows=rows)
     got = unpack(
         batch.decode_packing(BUCKETS, 8), batch.pack_decode(plan, BUCKETS, 8, batch.NO_EDITS)
     )

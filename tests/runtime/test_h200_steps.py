@@ -63,7 +63,6 @@ def bound(sampler: Sampler, size: int) -> tuple[ProgramFactory, SamplerSteps]:
     buckets = Buckets(
         decode_rows=(size,),
         prefill_tokens=(size,),
-        num_pages=(PAGES_PER_SEQUENCE,),
         num_slots=64,
         page_size=16,
         max_window_steps=32,
@@ -101,7 +100,7 @@ def step(request, tmp_path_factory):
     dump = tmp_path_factory.mktemp(request.param[0])
     kind, size = request.param
     factory, steps = bound(default_sampler(), size)
-    spec = factory.fused(steps, is_cached=True)[ProgramKey(kind, size, PAGES_PER_SEQUENCE)]
+    spec = factory.fused(steps, is_cached=True)[ProgramKey(kind, size)]
     return request.param, compiled(spec, xla_dump_to=str(dump)), dump
 
 

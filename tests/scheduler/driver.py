@@ -1,10 +1,10 @@
 """Drives an EngineCore over the fake runner, and checks after every step all that must hold."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
 from jaxengine.core import EngineCore
 from jaxengine.errors import NaNLogitsError, StepError
-from jaxengine.scheduler.buckets import Buckets
+from jaxengine.scheduler.buckets import Buckets, IsReady
 from jaxengine.scheduler.page_pool import PagePool
 from jaxengine.scheduler.policy import Policy
 from jaxengine.scheduler.prefix_cache import CachedPage
@@ -17,7 +17,6 @@ def make_buckets(
     *,
     num_slots: int = 8,
     prefill_tokens: tuple[int, ...] = (16, 64),
-    pages_per_sequence: int = 128,
     page_size: int = 4,
     max_window_steps: int = 32,
 ) -> Buckets:
@@ -25,7 +24,6 @@ def make_buckets(
     return Buckets(
         decode_rows=(*(b for b in sizes if b < num_slots), num_slots),
         prefill_tokens=prefill_tokens,
-        num_pages=tuple(sorted({-(-pages_per_sequence // 4), pages_per_sequence})),
         num_slots=num_slots,
         page_size=page_size,
         max_window_steps=max_window_steps,
@@ -46,7 +44,7 @@ class Driver:
         faults: Mapping[int, Fault] | None = None,
         is_eager: bool = False,
         failing_resets: Collection[int] = (),
-        is_ready: Callable[[tuple[str, int, int]], bool] = lambda key: True,
+        is_ready: IsReady = lambda kind, size: True,
         policy: Policy = FCFS,
         has_prefix_cache: bool = True,
     ) -> None:

@@ -41,7 +41,7 @@ def test_second_identical_prompt_computes_its_last_page_only(length: int):
 
 
 def test_shared_system_prompt_is_computed_once():
-    driver = Driver(make_buckets(prefill_tokens=(64, 512), pages_per_sequence=512), num_pages=2000)
+    driver = Driver(make_buckets(prefill_tokens=(64, 512)), num_pages=2000)
     requests = [ask(i, text(1000) + text(7, seed=i + 1)) for i in range(100)]
     assert computed(driver, *requests) == 1000 + 100 * 7
     assert driver.core.stats()["cache_hit_rate"] == pytest.approx(99 * 1000 / 100_700)

@@ -136,15 +136,10 @@ class Trace:
     pause: tuple[int, bool] | None
 
     def driver(self) -> Driver:
-        longest = max(
-            max(v.prompt_len, *v.companion_lens, 0) + max(1, v.max_new_tokens) for v in self.visits
-        )
-        most = -(-longest // self.page_size)
         num_slots = max(self.num_slots, *(v.num_members for v in self.visits))
         buckets = Buckets(
             decode_rows=tuple(sorted({1, -(-num_slots // 2), num_slots})),
             prefill_tokens=self.prefill_tokens,
-            num_pages=tuple(sorted({-(-most // 3), most})),
             num_slots=num_slots,
             page_size=self.page_size,
             max_window_steps=self.max_window_steps,
@@ -154,7 +149,7 @@ class Trace:
             1 + max(v.num_pages(self.page_size) for v in self.visits) + self.spare_pages,
             faults=self.faults,
             is_eager=self.is_eager,
-            is_ready=lambda key: bool(self.ready >> (sum(key[1:]) % 8) & 1),
+            is_ready=lambda _, size: bool(self.ready >> (size % 8) & 1),
             has_prefix_cache=self.has_prefix_cache,
             policy=self.policy,
         )

@@ -65,7 +65,7 @@ def test_many_small_prompts_take_a_bucket_with_enough_rows():
 
 def test_prefill_fills_its_bucket_and_the_rest_goes_with_the_next():
     """1,500 tokens would leave 2,596 places of 4,096 empty."""
-    buckets = make_buckets(prefill_tokens=(64, 1024, 4096), pages_per_sequence=512)
+    buckets = make_buckets(prefill_tokens=(64, 1024, 4096))
     driver = Driver(buckets, num_pages=2000)
     driver.add(make_request(0, 4, 200))
     driver.step()
@@ -238,21 +238,21 @@ def test_head_of_the_queue_is_not_overtaken():
     assert started == [0, 1, 2]
 
 
-def test_compiled_shape_is_preferred_to_a_smaller_one():
-    ready = {("prefill", 64, 64), ("decode", 8, 64)}
-    driver = Driver(make_buckets(pages_per_sequence=64), is_ready=lambda key: key in ready)
+def test_a_compiled_size_is_preferred_to_a_smaller_one():
+    ready = {("prefill", 64), ("decode", 8)}
+    driver = Driver(make_buckets(), is_ready=lambda *key: key in ready)
     driver.add(make_request(0, 3, 5))
     driver.run()
-    assert {(p.num_tokens, p.num_pages) for p in prefills(driver)} == {(64, 64)}
-    assert {(p.num_rows, p.num_pages) for p in windows(driver)} == {(8, 64)}
+    assert {p.num_tokens for p in prefills(driver)} == {64}
+    assert {p.num_rows for p in windows(driver)} == {8}
 
 
-def test_smallest_shape_is_waited_for_when_none_is_compiled():
-    driver = Driver(make_buckets(pages_per_sequence=64), is_ready=lambda key: False)
+def test_the_smallest_size_is_waited_for_when_none_is_compiled():
+    driver = Driver(make_buckets(), is_ready=lambda kind, size: False)
     driver.add(make_request(0, 3, 5))
     driver.run()
-    assert {(p.num_tokens, p.num_pages) for p in prefills(driver)} == {(16, 16)}
-    assert {(p.num_rows, p.num_pages) for p in windows(driver)} == {(1, 16)}
+    assert {p.num_tokens for p in prefills(driver)} == {16}
+    assert {p.num_rows for p in windows(driver)} == {1}
 
 
 def test_preempted_sequence_keeps_its_slot_and_is_prefilled_without_drawing():
