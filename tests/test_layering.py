@@ -16,7 +16,8 @@ ALLOWED = {
     "errors": set(),
     "log": set(),
     "types": {"errors"},
-    "params": {"compat", "errors", "log", "types"},
+    "params": {"compat", "errors", "log", "param_readers", "types"},
+    "param_readers": {"errors", "types"},
     "compat": set(),
     "engine_arguments": {"compat"},
     "config": {"compat", "engine_arguments", "errors", "log", "types"},
@@ -118,6 +119,7 @@ ALLOWED = {
 }
 HOST_ONLY = BASE | {
     "arguments",
+    "param_readers",
     "call",
     "gguf_file",
     "channel",
