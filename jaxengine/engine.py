@@ -196,7 +196,8 @@ class Engine(SGLangNames):
           return_logprob: Report the logprob of every generated token: `output_token_logprobs`, as
             SGLang after penalties, bias and temperature and before the filters;
             `output_token_raw_logprobs`, the model's own; `output_token_processed_logprobs`, of the
-            distribution it was drawn from.
+            distribution it was drawn from. Lists are made when they are read; their numbers as
+            numpy are `output["meta_info"].arrays("output_token_logprobs")`.
           logprob_start_len: With it, also report the model's own logprobs of the prompt's tokens
             from this one on; -1 for none.
           top_logprobs_num: With it, the so many most likely tokens at every place, by SGLang's

@@ -58,7 +58,8 @@ ALLOWED = {
     "residency": BASE | {"core", "models", "runtime.runner", "worker"},
     "weight_sources": BASE | {"build", "locate", "models", "runtime.weights"},
     "hidden": BASE,
-    "outputs": BASE | {"channel", "display", "hidden", "text"},
+    "reports": BASE,
+    "outputs": BASE | {"channel", "display", "hidden", "reports", "text"},
     "worker": BASE | {"channel", "core", "outputs", "text"},
     "submit": BASE
     | {"call", "channel", "hidden", "outputs", "requests", "runtime.samplers", "text", "worker"},
@@ -111,6 +112,7 @@ HOST_ONLY = BASE | {
     "outputs",
     "progress",
     "pooling",
+    "reports",
     "requests",
     "scheduler",
     "text",

@@ -24,7 +24,7 @@ from jaxengine.runtime.state import (
     edit_table,
     read_rows,
 )
-from jaxengine.sampling.logprobs import Wants, listed_logprobs, token_logprob
+from jaxengine.sampling.logprobs import Wants, scores
 from jaxengine.scheduler.buckets import Buckets
 from jaxengine.types import MAX_LOGPROB_IDS, NULL_PAGE
 
@@ -182,11 +182,7 @@ class Forward:
             hidden, target, row = part
             logits = model.logits(hidden, self.ctx)
             all_rows = jnp.ones(target.shape, bool)
-            wants = Wants(all_rows, all_rows, ids[row], self.num_top)
-            return {
-                "logprob": token_logprob(logits, target),
-                **listed_logprobs(logits, wants),
-            }
+            return scores(logits, target, Wants(all_rows, all_rows, ids[row], self.num_top))
 
         size = min(SCORED_TOKENS, num_tokens)
         padded = -(-num_tokens // size) * size
