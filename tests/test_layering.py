@@ -41,8 +41,9 @@ ALLOWED = {
     },
     "locate": BASE | {"gguf_file", "models"},
     "core": BASE | {"scheduler", "runtime"},
+    "limits": BASE | {"runtime", "scheduler.buckets"},
     "build": BASE
-    | {"core", "gguf_file", "locate", "models", "nn", "runtime", "sampling", "scheduler"},
+    | {"core", "gguf_file", "limits", "locate", "models", "nn", "runtime", "sampling", "scheduler"},
     "defaults": BASE | {"locate"},
     "arguments": BASE,
     "generate_arguments": set(),
