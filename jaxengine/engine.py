@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import inspect
 import os
 import sys
 import time
@@ -22,7 +23,12 @@ from jaxengine import pooling
 from jaxengine.call import Call
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.errors import RequestError
-from jaxengine.generate_arguments import GenerateArguments, RequestArguments, spelled_out
+from jaxengine.generate_arguments import (
+    GENERATE_PARAMETERS,
+    GenerateArguments,
+    RequestArguments,
+    spelled_out,
+)
 from jaxengine.imap import Flow, aimap, imap, item_start
 from jaxengine.locate import locate
 from jaxengine.log import logger
@@ -41,6 +47,9 @@ SHUTDOWN_TIMEOUT_S = 60.0
 """Longest wait for a device step that is under way."""
 
 
+_SETTINGS = {k: v for k, v in inspect.signature(EngineConfig).parameters.items() if k != "ignored"}
+
+
 class Engine(SGLangNames):
     """An offline LLM engine with the interface of `sglang.Engine`.
 
@@ -52,6 +61,7 @@ class Engine(SGLangNames):
     ...     engine.generate("ROMEO:", {"temperature": 0, "max_new_tokens": 8})["text"]
     """
 
+    @spelled_out(_SETTINGS)
     def __init__(
         self,
         model_path: str | os.PathLike[str] | EngineConfig = "",
@@ -71,7 +81,7 @@ class Engine(SGLangNames):
           params: The model's arrays, as `jaxengine.models` names them, instead of a checkpoint.
           model_config: Shape of `params`; needed with them.
           tokenizer: A Hugging Face tokenizer instead of the checkpoint's.
-          **settings: Fields of `EngineConfig`, and other names of SGLang: see
+          **others: Fields of `EngineConfig`, which explains them, and other names of SGLang: see
             `jaxengine.engine_arguments`.
 
         Raises:
@@ -135,7 +145,7 @@ class Engine(SGLangNames):
 
     # -- generation
 
-    @spelled_out
+    @spelled_out(GENERATE_PARAMETERS)
     def generate(
         self,
         prompt: Any = None,
@@ -215,7 +225,7 @@ class Engine(SGLangNames):
         with self._progress(call) as bar:
             return call.collect(bar.update)
 
-    @spelled_out
+    @spelled_out(GENERATE_PARAMETERS)
     async def async_generate(
         self,
         prompt: Any = None,
@@ -423,6 +433,15 @@ class Engine(SGLangNames):
             _stop(self._worker, self._programs)
             self._finalizer.detach()
             atexit.unregister(self._finalizer)
+
+    def __repr__(self) -> str:
+        config = self.config
+        name = config.served_model_name or config.model_path or "of arrays in memory"
+        state = "" if self.is_alive else ", shut down"
+        return (
+            f"<Engine {name}: {self.model_config.architecture}, {config.dtype}, "
+            f"{config.context_length:,} tokens of context{state}>"
+        )
 
     def __enter__(self) -> "Engine":
         return self

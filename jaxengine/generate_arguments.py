@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, TypedDict, get_args, get_type_hints
+from typing import Any, TypedDict, get_type_hints
 
 
 class RequestArguments(TypedDict, total=False):
@@ -57,21 +57,31 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 """Every argument of `generate`, and its value where it is not given."""
 
 
-def spelled_out[F: Callable[..., Any]](function: F) -> F:
+def spelled_out[F: Callable[..., Any]](
+    names: Mapping[str, inspect.Parameter],
+) -> Callable[[F], F]:
     """Lists in a function's signature what its `**arguments` take, for `help` and notebooks.
 
     Args:
-      function: Its last parameter is annotated with a TypedDict in `Unpack`.
+      names: Keyword arguments, by name.
     """
-    signature = inspect.signature(function)
-    *own, rest = signature.parameters.values()
-    [taken] = get_args(rest.annotation)
-    kind = inspect.Parameter.KEYWORD_ONLY
-    listed = [
-        inspect.Parameter(name, kind, default=DEFAULTS[name], annotation=hint)
-        for name, hint in get_type_hints(taken).items()
-    ]
-    others = rest.replace(name="others", annotation=Any)
-    shown = signature.replace(parameters=[*own, *listed, others])
-    function.__signature__ = shown  # pyright: ignore[reportFunctionMemberAccess]
-    return function
+
+    def spell_out(function: F) -> F:
+        signature = inspect.signature(function)
+        *own, rest = signature.parameters.values()
+        listed = [names[name] for name in names if name not in signature.parameters]
+        others = rest.replace(name="others", annotation=Any)
+        shown = signature.replace(parameters=[*own, *listed, others])
+        function.__signature__ = shown  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return spell_out
+
+
+GENERATE_PARAMETERS = {
+    name: inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=DEFAULTS[name], annotation=hint
+    )
+    for name, hint in get_type_hints(GenerateArguments).items()
+}
+"""What `spelled_out` lists of `generate`."""

@@ -246,7 +246,7 @@ def _check_others(others: Mapping[str, Any], specs: Mapping[str, Param]) -> None
     for name, value in others.items():
         known = GENERATE_ARGUMENTS.get(name)
         if known is None or known.fate == "honoured":
-            if name in specs or name in SAMPLING_PARAMETERS:
+            if name in specs or name in SAMPLING_PARAMETERS or hasattr(SamplingParams, name):
                 hint = "; it is a sampling parameter: put it into `sampling_params`."
             else:
                 hint = nearest(name, (*DEFAULTS, *GENERATE_ARGUMENTS))

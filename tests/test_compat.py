@@ -131,6 +131,14 @@ def test_arguments_of_generate_are_listed_and_explained(method: str):
         assert f"\n      {name}: " in shown, f"`{name}` is not explained"
 
 
+def test_settings_are_listed_in_the_engines_signature():
+    parameters = inspect.signature(Engine).parameters
+    defaults = {name: getattr(EngineConfig(), name) for name in FIELDS}
+    assert {name: parameters[name].default for name in FIELDS} == defaults
+    explained = inspect.getdoc(EngineConfig) or ""
+    assert [name for name in FIELDS if f"\n  {name}: " not in explained] == []
+
+
 def test_ignored_arguments_of_generate_warn(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.WARNING, logger="jaxengine")
     for name in with_fate(GENERATE_ARGUMENTS, "ignored"):

@@ -16,7 +16,8 @@ ALLOWED = {
     "errors": set(),
     "log": set(),
     "types": {"errors"},
-    "params": {"compat", "errors", "log", "types"},
+    "params": {"compat", "errors", "log", "param_readers", "types"},
+    "param_readers": {"errors", "types"},
     "compat": set(),
     "engine_arguments": {"compat"},
     "config": {"compat", "engine_arguments", "errors", "log", "types"},
@@ -41,8 +42,9 @@ ALLOWED = {
     },
     "locate": BASE | {"gguf_file", "models"},
     "core": BASE | {"scheduler", "runtime"},
+    "limits": BASE | {"runtime", "scheduler.buckets"},
     "build": BASE
-    | {"core", "gguf_file", "locate", "models", "nn", "runtime", "sampling", "scheduler"},
+    | {"core", "gguf_file", "limits", "locate", "models", "nn", "runtime", "sampling", "scheduler"},
     "defaults": BASE | {"locate"},
     "arguments": BASE,
     "generate_arguments": set(),
@@ -117,6 +119,7 @@ ALLOWED = {
 }
 HOST_ONLY = BASE | {
     "arguments",
+    "param_readers",
     "call",
     "gguf_file",
     "channel",

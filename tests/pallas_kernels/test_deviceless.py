@@ -39,6 +39,7 @@ QUICK = (
     "multi-query-b2",
     "qwen2.5-0.5b-gate-up-m1",
     "qwen2.5-0.5b-down-m4",
+    "qwen2.5-0.5b-out-m256",
     "qwen2.5-0.5b-8x1024",
     "qwen2.5-7b-4x1024",
     "small-heads",
