@@ -97,7 +97,8 @@ def test_a_dry_run_counts_and_checks_without_an_engine(
     report = json.loads(report)
     assert (report["num_rows"], report["num_errors"]) == (9, 2)
     assert report["prompt_tokens"] > report["max_prompt_tokens"] > 0
-    assert [error.split(":")[0] for error in errors] == ["line 8", "line 9"]
+    assert [error.split("has")[0] for error in errors[:1]] == ["The prompt of line 8 "]
+    assert [error.split(":")[0] for error in errors[1:]] == ["Line 9"]
     assert engines == []
 
 
