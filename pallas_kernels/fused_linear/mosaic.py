@@ -50,6 +50,8 @@ class Config:
     minor: int = 0
     width: int = 8
     lag: int = 0
+    direct: bool = False
+    slots: int = 0
 
 
 def _silu(x: jax.Array) -> jax.Array:
@@ -71,6 +73,9 @@ def _kernel(x_ref, w_ref, bias_ref, residual_ref, out_ref, *, is_gated: bool, co
     stages = min(config.num_stages, num_steps)
     chunk = next(c for c in (64, 32, 16) if out_n % c == 0)
     chunks = out_n // chunk
+    slots = min(config.slots or chunks, chunks)
+    if residual_ref is not None and not config.direct:
+        slots = chunks
     tiles = (num_rows // (config.block_m * config.cluster), out_ref.shape[1] // out_n)
     parts = 2 if is_gated else 1
     part = config.block_n // parts
@@ -133,7 +138,13 @@ def _kernel(x_ref, w_ref, bias_ref, residual_ref, out_ref, *, is_gated: bool, co
                 def of_chunk(ref, i):
                     return ref.at[pl.ds(m, rows), pl.ds(n * out_n + i * chunk, chunk)]
 
-                if residual_ref is not None:
+                if residual_ref is not None and config.direct:
+                    residual = plgpu.load(
+                        residual_ref.at[pl.ds(m, rows), pl.ds(n * out_n, out_n)],
+                        layout=plgpu.Layout.WGMMA,
+                        optimized=False,
+                    )
+                elif residual_ref is not None:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     for i in range(chunks):
                         plgpu.copy_gmem_to_smem(
@@ -185,17 +196,28 @@ def _kernel(x_ref, w_ref, bias_ref, residual_ref, out_ref, *, is_gated: bool, co
                         for i, s in enumerate(sums)
                     ]
                 out = _silu(sums[0]) * sums[1] if is_gated else sums[0]
-                if residual_ref is None:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                if residual_ref is None or config.direct:
+                    if slots == chunks:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 else:
                     plgpu.barrier_wait(residual_full.at[wg])
+                if residual_ref is not None and config.direct:
+                    out += residual.astype(jnp.float32)
                 for i in range(chunks):
                     piece = out[:, i * chunk : (i + 1) * chunk]
-                    if residual_ref is not None:
+                    if slots < chunks:
+                        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+                        out_smem[wg, i % slots] = piece.astype(out_ref.dtype)
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(out_smem.at[wg, i % slots], of_chunk(out_ref, i))
+                        continue
+                    if residual_ref is not None and not config.direct:
                         piece += plgpu.load(
                             out_smem.at[wg, i], layout=plgpu.Layout.WGMMA
                         ).astype(jnp.float32)
                     out_smem[wg, i] = piece.astype(out_ref.dtype)
+                if slots < chunks:
+                    return slot
                 plgpu.commit_smem()
                 for i in range(chunks):
                     plgpu.copy_smem_to_gmem(out_smem.at[wg, i], of_chunk(out_ref, i))
@@ -212,11 +234,11 @@ def _kernel(x_ref, w_ref, bias_ref, residual_ref, out_ref, *, is_gated: bool, co
         scoped,
         plgpu.SMEM((stages, config.block_m, _BLOCK_K), dtype, transforms=_swizzled(_BLOCK_K)),
         plgpu.SMEM((stages, config.block_n, _BLOCK_K), dtype, transforms=_swizzled(_BLOCK_K)),
-        plgpu.SMEM((_NUM_MATH, chunks, rows, chunk), dtype, transforms=_swizzled(chunk)),
+        plgpu.SMEM((_NUM_MATH, slots, rows, chunk), dtype, transforms=_swizzled(chunk)),
         plgpu.Barrier(num_barriers=stages, num_arrivals=1 + parts),
         (empty if is_shared else plgpu.Barrier)(num_barriers=stages, num_arrivals=_NUM_MATH),
         None
-        if residual_ref is None
+        if residual_ref is None or config.direct
         else plgpu.Barrier(num_barriers=_NUM_MATH, num_arrivals=chunks),
         plgpu.Barrier() if config.lag else None,
         collective_axes="wg",
@@ -270,11 +292,15 @@ def fused_linear(
             config=config,
         )
 
+    num_tiles = (x.shape[0] // (config.block_m * config.cluster)) * (
+        weight.shape[0] // config.block_n
+    )
     kernel.__name__ = "fused_linear"
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((x.shape[0], num_columns), x.dtype),
-        grid=(_num_multiprocessors() // config.cluster,),
+        # Every block has a tile: the second warpgroup waits for the first one's start.
+        grid=(min(_num_multiprocessors() // config.cluster, num_tiles),),
         grid_names=("blocks",),
         cluster=(config.cluster,) if config.cluster > 1 else (),
         cluster_names=("cluster",) if config.cluster > 1 else (),
