@@ -69,10 +69,14 @@ class Call:
         finally:
             self.close()
 
-    async def acollect(self) -> Output | list[Output]:
-        """Awaits every sample's final output."""
+    async def acollect(self, on_output: Callable[[Output], object] | None = None) -> Any:
+        """`collect` for coroutines."""
+        items = []
         try:
-            items = [self._take(await self._channel.aget()) for _ in range(self._num_outputs)]
+            for _ in range(self._num_outputs):
+                items.append(self._take(await self._channel.aget()))
+                if on_output is not None:
+                    on_output(items[-1][1])
             return self._arrange(items)
         finally:
             self.close()

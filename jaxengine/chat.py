@@ -1,9 +1,80 @@
-"""Conversations to token ids, by the tokenizer's chat template. Knows nothing of the engine."""
+"""Conversations: made token ids by the tokenizer's chat template, and continued.
+
+`chat` and `async_chat` are methods of `Engine`; they ask it for nothing but `generate`.
+"""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from jaxengine.errors import RequestError
+from jaxengine.generate_arguments import GenerateArguments
+
+
+def chat(
+    engine: Any,
+    messages: Any,
+    sampling_params: Any = None,
+    *,
+    tools: Any = None,
+    chat_template: str | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
+    **others: Unpack[GenerateArguments],
+) -> Any:
+    """Continues a conversation, or a list of them, by the tokenizer's chat template.
+
+    Args:
+      messages: `[{"role": "user", "content": ...}, ...]`, or a list of such lists.
+      sampling_params: As for `generate`.
+      tools: JSON schemas, or functions with docstrings, for templates that show them.
+      chat_template: A Jinja template, or the name of one the tokenizer has, instead of its own.
+      add_generation_prompt: End with the beginning of an answer.
+      continue_final_message: Go on with the last message instead of answering it.
+      template_kwargs: Further variables of the template, such as `enable_thinking`.
+      **others: Of `generate`, such as `stream`.
+
+    Returns:
+      What `generate` gives.
+
+    Raises:
+      RequestError: Where there is no tokenizer or template, or it refuses the messages.
+    """
+    ids = render(
+        engine.tokenizer,
+        messages,
+        tools=tools,
+        chat_template=chat_template,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        template_kwargs=template_kwargs,
+    )
+    return engine.generate(None, sampling_params, ids, **others)
+
+
+async def async_chat(
+    engine: Any,
+    messages: Any,
+    sampling_params: Any = None,
+    *,
+    tools: Any = None,
+    chat_template: str | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
+    **others: Unpack[GenerateArguments],
+) -> Any:
+    """`chat` for coroutines."""
+    ids = render(
+        engine.tokenizer,
+        messages,
+        tools=tools,
+        chat_template=chat_template,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        template_kwargs=template_kwargs,
+    )
+    return await engine.async_generate(None, sampling_params, ids, **others)
 
 
 def render(

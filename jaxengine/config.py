@@ -63,8 +63,9 @@ class ModelConfig:
       rms_norm_eps: Epsilon of the norms.
       rope_theta: Base of the rotary frequencies.
       tie_word_embeddings: The output projection is the embedding.
-      max_position_embeddings: Longest sequence the model was made for, in tokens, with
-        `rope_scaling`; no longer than its attention window where it has one.
+      max_position_embeddings: Longest sequence the model is run on, in tokens: what it was made
+        for, with `rope_scaling`, but no longer than its `sliding_window`.
+      sliding_window: Positions a token attends to, its own included; None for all.
       rope_scaling: Change of the rotary frequencies; None for none.
       qkv_bias: The query, key and value projections have biases.
       qk_norm: Query and key heads are normalised before they are rotated.
@@ -85,6 +86,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     max_position_embeddings: int
     rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
     dtype: DTypeName = "bfloat16"
@@ -234,14 +236,20 @@ class EngineConfig:
                 f"`chunked_prefill_size` must be a positive integer or -1 (whole prompts), "
                 f"got {chunk!r}."
             )
-        if not 0 < self.mem_fraction_static < 1:
-            raise ConfigError(
-                f"`mem_fraction_static` must be in (0, 1), got {self.mem_fraction_static!r}."
-            )
+        share = self.mem_fraction_static
+        if not isinstance(share, int | float) or not 0 < share < 1:
+            raise ConfigError(f"`mem_fraction_static` must be a number in (0, 1), got {share!r}.")
         for name in ("decode_buckets", "prefill_buckets"):
             value = getattr(self, name)
-            if value is not None and (not value or list(value) != sorted({*value} - {0})):
-                raise ConfigError(f"`{name}` must be ascending positive sizes, got {value}.")
+            if value is not None and not _is_ascending(value):
+                raise ConfigError(f"`{name}` must be ascending positive sizes, got {value!r}.")
+        if self.hidden_layers is not None and not _is_list_of_ints(self.hidden_layers):
+            raise ConfigError(
+                f"`hidden_layers` must be numbers of layers, got {self.hidden_layers!r}."
+            )
+        seed = self.random_seed
+        if seed is not None and (not _is_int(seed) or seed < 0):
+            raise ConfigError(f"`random_seed` must be an integer, 0 or more, got {seed!r}.")
 
     @property
     def has_priorities(self) -> bool:
@@ -343,6 +351,14 @@ def _json_object(name: str, value: object) -> dict[str, Any]:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list_of_ints(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_int, value))
+
+
+def _is_ascending(value: Any) -> bool:
+    return _is_list_of_ints(value) and bool(value) and list(value) == sorted({*value} - {0})
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -14,44 +14,40 @@ from collections.abc import (
     Collection,
     Iterable,
     Iterator,
-    Mapping,
 )
-from typing import Any
+from typing import Any, Unpack
 
 from jaxengine import build as builder
+from jaxengine import chat as chats
+from jaxengine import pooling
 from jaxengine.call import Call
-from jaxengine.chat import render
 from jaxengine.config import EngineConfig, ModelConfig
-from jaxengine.defaults import default_params, with_defaults
 from jaxengine.errors import RequestError
-from jaxengine.imap import aimap, imap, merged_arguments
+from jaxengine.generate_arguments import (
+    GENERATE_PARAMETERS,
+    GenerateArguments,
+    RequestArguments,
+    spelled_out,
+)
+from jaxengine.imap import Flow, aimap, imap, item_start
 from jaxengine.locate import locate
 from jaxengine.log import logger
-from jaxengine.pooling import (
-    ONE_STEP,
-    ScoreResult,
-    check_encode,
-    read_embeddings,
-    read_scores,
-    score_prompts,
-)
 from jaxengine.profiling import Profile
 from jaxengine.progress import Progress
-from jaxengine.requests import group_size, parse_call
 from jaxengine.residency import Residency
-from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.sampling import as_sampler, default_sampler
-from jaxengine.sampling.processor import with_processor
 from jaxengine.sglang_names import CacheFlush, SGLangNames
 from jaxengine.submit import Submitter
 from jaxengine.text.detokenizer import Vocabulary
-from jaxengine.text.tokenizer import eos_token_ids, load_tokenizer, set_chat_template
-from jaxengine.types import SequenceRequest
+from jaxengine.text.tokenizer import load_tokenizer, set_chat_template
 from jaxengine.weight_sources import WeightSources
 from jaxengine.worker import Worker
 
 SHUTDOWN_TIMEOUT_S = 60.0
 """Longest wait for a device step that is under way."""
+
+
+_SETTINGS = {k: v for k, v in inspect.signature(EngineConfig).parameters.items() if k != "ignored"}
 
 
 class Engine(SGLangNames):
@@ -65,6 +61,7 @@ class Engine(SGLangNames):
     ...     engine.generate("ROMEO:", {"temperature": 0, "max_new_tokens": 8})["text"]
     """
 
+    @spelled_out(_SETTINGS)
     def __init__(
         self,
         model_path: str | os.PathLike[str] | EngineConfig = "",
@@ -84,7 +81,7 @@ class Engine(SGLangNames):
           params: The model's arrays, as `jaxengine.models` names them, instead of a checkpoint.
           model_config: Shape of `params`; needed with them.
           tokenizer: A Hugging Face tokenizer instead of the checkpoint's.
-          **settings: Fields of `EngineConfig`, and other names of SGLang: see
+          **others: Fields of `EngineConfig`, which explains them, and other names of SGLang: see
             `jaxengine.engine_arguments`.
 
         Raises:
@@ -120,12 +117,6 @@ class Engine(SGLangNames):
         self._programs, self._core, self._built_seconds = built.programs, built.core, built.seconds
         self._samplers, self._runner = built.samplers, built.runner
         try:
-            self._default_params = default_params(
-                config,
-                self._samplers.own.steps.sampler.params,
-                vocab_size=self.model_config.vocab_size,
-                tokenizer=self.tokenizer,
-            )
             self._worker = Worker(built.core, built.runner.release)
             self._residency = Residency(
                 self._worker, built.core, built.runner, self.config.weight_version
@@ -133,10 +124,9 @@ class Engine(SGLangNames):
             self._sources = WeightSources(self.config, self.model_config, built.runner.target)
             self._submitter = Submitter(
                 self._worker,
+                built,
                 tokenizer=self.tokenizer,
                 vocabulary=vocabulary,
-                eos_token_ids=eos_token_ids(self.tokenizer, self.model_config.eos_token_ids),
-                config=built.config,
                 weight_versions=self._residency.versions,
             )
             # Calls under way hold it, too: the engine stops when nobody wants anything of it.
@@ -155,34 +145,13 @@ class Engine(SGLangNames):
 
     # -- generation
 
+    @spelled_out(GENERATE_PARAMETERS)
     def generate(
         self,
         prompt: Any = None,
         sampling_params: Any = None,
         input_ids: Any = None,
-        *,
-        return_logprob: Any = False,
-        logprob_start_len: Any = None,
-        top_logprobs_num: Any = None,
-        token_ids_logprob: Any = None,
-        return_text_in_logprobs: bool = False,
-        return_hidden_states: Any = False,
-        hidden_states_format: str = "numpy",
-        return_prompt_token_ids: bool = False,
-        input_embeds: Any = None,
-        sampler: Any = None,
-        custom_logit_processor: Any = None,
-        capture: Any = None,
-        companions: Any = None,
-        stream: bool = False,
-        progress: bool = False,
-        rid: Any = None,
-        priority: Any = None,
-        cache_salt: Any = None,
-        extra_key: Any = None,
-        timeout_s: Any = None,
-        on_error: str = "raise",
-        **others: Any,
+        **arguments: Unpack[GenerateArguments],
     ) -> Any:
         """Continues one prompt or a list of them; blocks, or streams with `stream=True`.
 
@@ -196,7 +165,8 @@ class Engine(SGLangNames):
           return_logprob: Report the logprob of every generated token: `output_token_logprobs`, as
             SGLang after penalties, bias and temperature and before the filters;
             `output_token_raw_logprobs`, the model's own; `output_token_processed_logprobs`, of the
-            distribution it was drawn from.
+            distribution it was drawn from. Lists are made when they are read; their numbers as
+            numpy are `output["meta_info"].arrays("output_token_logprobs")`.
           logprob_start_len: With it, also report the model's own logprobs of the prompt's tokens
             from this one on; -1 for none.
           top_logprobs_num: With it, the so many most likely tokens at every place, by SGLang's
@@ -247,96 +217,33 @@ class Engine(SGLangNames):
           StepError, NaNLogitsError: If the device or the model failed this request.
           EngineDeadError: After `shutdown`.
         """
-        call = self._start(
-            prompt,
-            sampling_params,
-            input_ids,
-            return_logprob=return_logprob,
-            logprob_start_len=logprob_start_len,
-            top_logprobs_num=top_logprobs_num,
-            token_ids_logprob=token_ids_logprob,
-            return_text_in_logprobs=return_text_in_logprobs,
-            return_hidden_states=return_hidden_states,
-            hidden_states_format=hidden_states_format,
-            return_prompt_token_ids=return_prompt_token_ids,
-            input_embeds=input_embeds,
-            sampler=sampler,
-            custom_logit_processor=custom_logit_processor,
-            capture=capture,
-            companions=companions,
-            stream=stream,
-            rid=rid,
-            priority=priority,
-            cache_salt=cache_salt,
-            extra_key=extra_key,
-            timeout_s=timeout_s,
-            on_error=on_error,
-            others=others,
-        )
-        if stream or not progress:
-            return call if stream else call.collect()
-        with Progress(call.num_samples, self.stats, unit="sample", is_shown=True) as bar:
+        call = self._call(prompt, sampling_params, input_ids, arguments)
+        if arguments.get("stream"):
+            return call
+        if not arguments.get("progress"):
+            return call.collect()
+        with self._progress(call) as bar:
             return call.collect(bar.update)
 
+    @spelled_out(GENERATE_PARAMETERS)
     async def async_generate(
         self,
         prompt: Any = None,
         sampling_params: Any = None,
         input_ids: Any = None,
-        *,
-        return_logprob: Any = False,
-        logprob_start_len: Any = None,
-        top_logprobs_num: Any = None,
-        token_ids_logprob: Any = None,
-        return_text_in_logprobs: bool = False,
-        return_hidden_states: Any = False,
-        hidden_states_format: str = "numpy",
-        return_prompt_token_ids: bool = False,
-        input_embeds: Any = None,
-        sampler: Any = None,
-        custom_logit_processor: Any = None,
-        capture: Any = None,
-        companions: Any = None,
-        stream: bool = False,
-        rid: Any = None,
-        priority: Any = None,
-        cache_salt: Any = None,
-        extra_key: Any = None,
-        timeout_s: Any = None,
-        on_error: str = "raise",
-        **others: Any,
+        **arguments: Unpack[GenerateArguments],
     ) -> Any:
         """`generate` for coroutines, in any event loop; cancelling the task aborts its requests.
 
         With `stream=True` the awaited result is an async iterator, as in SGLang.
         """
-        call = self._start(
-            prompt,
-            sampling_params,
-            input_ids,
-            return_logprob=return_logprob,
-            logprob_start_len=logprob_start_len,
-            top_logprobs_num=top_logprobs_num,
-            token_ids_logprob=token_ids_logprob,
-            return_text_in_logprobs=return_text_in_logprobs,
-            return_hidden_states=return_hidden_states,
-            hidden_states_format=hidden_states_format,
-            return_prompt_token_ids=return_prompt_token_ids,
-            input_embeds=input_embeds,
-            sampler=sampler,
-            custom_logit_processor=custom_logit_processor,
-            capture=capture,
-            companions=companions,
-            stream=stream,
-            rid=rid,
-            priority=priority,
-            cache_salt=cache_salt,
-            extra_key=extra_key,
-            timeout_s=timeout_s,
-            on_error=on_error,
-            others=others,
-        )
-        return call if stream else await call.acollect()
+        call = self._call(prompt, sampling_params, input_ids, arguments)
+        if arguments.get("stream"):
+            return call
+        if not arguments.get("progress"):
+            return await call.acollect()
+        with self._progress(call) as bar:
+            return await call.acollect(bar.update)
 
     def imap(
         self,
@@ -346,7 +253,7 @@ class Engine(SGLangNames):
         max_in_flight: int | None = None,
         ordered: bool = True,
         on_error: str = "raise",
-        **arguments: Any,
+        **arguments: Unpack[RequestArguments],
     ) -> Iterator[Any]:
         """Continues prompts as they come, lazily: a generator over any iterable, endless ones too.
 
@@ -368,8 +275,9 @@ class Engine(SGLangNames):
             that fails, likewise.
           EngineDeadError: After `shutdown`, always.
         """
-        start = self._item_starter({"sampling_params": sampling_params, **arguments})
-        return imap(start, items, **self._flow(max_in_flight, ordered, on_error))
+        common = {"sampling_params": sampling_params, **arguments}
+        flow = self._flow(max_in_flight, ordered, on_error)
+        return imap(item_start(self._submitter.start, common), items, flow)
 
     def aimap(
         self,
@@ -379,11 +287,12 @@ class Engine(SGLangNames):
         max_in_flight: int | None = None,
         ordered: bool = True,
         on_error: str = "raise",
-        **arguments: Any,
+        **arguments: Unpack[RequestArguments],
     ) -> AsyncIterator[Any]:
         """`imap` for coroutines: an async generator; the items may come asynchronously, too."""
-        start = self._item_starter({"sampling_params": sampling_params, **arguments})
-        return aimap(start, items, **self._flow(max_in_flight, ordered, on_error))
+        common = {"sampling_params": sampling_params, **arguments}
+        flow = self._flow(max_in_flight, ordered, on_error)
+        return aimap(item_start(self._submitter.start, common), items, flow)
 
     # -- control
 
@@ -520,6 +429,15 @@ class Engine(SGLangNames):
             self._finalizer.detach()
             atexit.unregister(self._finalizer)
 
+    def __repr__(self) -> str:
+        config = self.config
+        name = config.served_model_name or config.model_path or "of arrays in memory"
+        state = "" if self.is_alive else ", shut down"
+        return (
+            f"<Engine {name}: {self.model_config.architecture}, {config.dtype}, "
+            f"{config.context_length:,} tokens of context{state}>"
+        )
+
     def __enter__(self) -> "Engine":
         return self
 
@@ -580,254 +498,27 @@ class Engine(SGLangNames):
             "max_total_tokens": self.config.max_total_tokens,
         }
 
-    # -- prompts that are read, and conversations
+    # -- prompts that are read, and conversations: functions of `generate`
 
-    def encode(
-        self,
-        prompt: Any = None,
-        input_ids: Any = None,
-        *,
-        pooling: str = "last",
-        normalize: bool = True,
-        dimensions: int | None = None,
-        **others: Any,
-    ) -> Any:
-        """Gives embeddings of prompts, by the same model that generates.
-
-        Args:
-          prompt: A text, or a list of texts.
-          input_ids: Token ids instead.
-          pooling: "last", the hidden state of the last token, or "mean", over all tokens. For the
-            first, beginnings that prompts share are computed once.
-          normalize: Scales the embedding to length 1.
-          dimensions: Keeps so many of its first entries, before that.
-          **others: Of `generate`, such as `rid`.
-
-        Returns:
-          `{"embedding": float32 [hidden], "meta_info": {...}}` (SGLang: a list of floats), or a
-          list of these.
-
-        Raises:
-          RequestError: For a bad argument.
-        """
-        check_encode(pooling, dimensions, self.model_config.hidden_size)
-        asked = {"return_hidden_states": pooling, "sampler": default_sampler(), **others}
-        outputs = self.generate(prompt, ONE_STEP, input_ids, **asked)
-        return read_embeddings(outputs, normalize=normalize, dimensions=dimensions)
-
-    async def async_encode(
-        self,
-        prompt: Any = None,
-        input_ids: Any = None,
-        *,
-        pooling: str = "last",
-        normalize: bool = True,
-        dimensions: int | None = None,
-        **others: Any,
-    ) -> Any:
-        """`encode` for coroutines."""
-        check_encode(pooling, dimensions, self.model_config.hidden_size)
-        asked = {"return_hidden_states": pooling, "sampler": default_sampler(), **others}
-        outputs = await self.async_generate(prompt, ONE_STEP, input_ids, **asked)
-        return read_embeddings(outputs, normalize=normalize, dimensions=dimensions)
-
-    def score(
-        self,
-        query: Any = None,
-        items: Any = None,
-        label_token_ids: Any = None,
-        apply_softmax: bool = False,
-        item_first: bool = False,
-    ) -> ScoreResult:
-        """Gives each item's probabilities of some tokens to come next.
-
-        The query is computed once, where it comes first: the prefix cache has it for all items.
-
-        Args:
-          query: A text, or token ids.
-          items: A text or a list of texts, or a list of lists of ids; each joins the query, as one
-            text.
-          label_token_ids: The tokens to score; at most 64.
-          apply_softmax: Probabilities among these tokens, which sum to 1, instead of among all.
-          item_first: The item stands before the query.
-
-        Returns:
-          A list of one list of probabilities an item, also its `scores`, with `prompt_tokens`.
-
-        Raises:
-          RequestError: For a mix of texts and ids, or a label outside the vocabulary.
-        """
-        asked = score_prompts(query, items, label_token_ids, item_first)
-        outputs = self.generate(
-            sampling_params=ONE_STEP, return_logprob=True, sampler=default_sampler(), **asked
-        )
-        return read_scores(outputs, apply_softmax=apply_softmax)
-
-    async def async_score(
-        self,
-        query: Any = None,
-        items: Any = None,
-        label_token_ids: Any = None,
-        apply_softmax: bool = False,
-        item_first: bool = False,
-    ) -> ScoreResult:
-        """`score` for coroutines."""
-        asked = score_prompts(query, items, label_token_ids, item_first)
-        outputs = await self.async_generate(
-            sampling_params=ONE_STEP, return_logprob=True, sampler=default_sampler(), **asked
-        )
-        return read_scores(outputs, apply_softmax=apply_softmax)
-
-    def chat(
-        self,
-        messages: Any,
-        sampling_params: Any = None,
-        *,
-        tools: Any = None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None,
-        **others: Any,
-    ) -> Any:
-        """Continues a conversation, or a list of them, by the tokenizer's chat template.
-
-        Args:
-          messages: `[{"role": "user", "content": ...}, ...]`, or a list of such lists.
-          sampling_params: As for `generate`.
-          tools: JSON schemas, or functions with docstrings, for templates that show them.
-          chat_template: A Jinja template, or the name of one the tokenizer has, instead of its own.
-          add_generation_prompt: End with the beginning of an answer.
-          continue_final_message: Go on with the last message instead of answering it.
-          template_kwargs: Further variables of the template, such as `enable_thinking`.
-          **others: Of `generate`, such as `stream`.
-
-        Returns:
-          What `generate` gives.
-
-        Raises:
-          RequestError: Where there is no tokenizer or template, or it refuses the messages.
-        """
-        ids = render(
-            self.tokenizer,
-            messages,
-            tools=tools,
-            chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            template_kwargs=template_kwargs,
-        )
-        return self.generate(None, sampling_params, ids, **others)
-
-    async def async_chat(
-        self,
-        messages: Any,
-        sampling_params: Any = None,
-        *,
-        tools: Any = None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None,
-        **others: Any,
-    ) -> Any:
-        """`chat` for coroutines."""
-        ids = render(
-            self.tokenizer,
-            messages,
-            tools=tools,
-            chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            template_kwargs=template_kwargs,
-        )
-        return await self.async_generate(None, sampling_params, ids, **others)
+    encode, async_encode = pooling.encode, pooling.async_encode
+    score, async_score = pooling.score, pooling.async_score
+    chat, async_chat = chats.chat, chats.async_chat
 
     # -- inside
 
-    def _start(
-        self,
-        prompt: Any,
-        sampling_params: Any,
-        input_ids: Any,
-        *,
-        sampler: Any,
-        custom_logit_processor: Any,
-        capture: Any,
-        companions: Any,
-        return_text_in_logprobs: bool,
-        stream: bool,
-        **arguments: Any,
+    def _call(
+        self, prompt: Any, sampling_params: Any, input_ids: Any, arguments: GenerateArguments
     ) -> Call:
-        size = group_size(prompt, input_ids, companions) if companions else 1
-        live = self._live_sampler(sampler, custom_logit_processor, capture, size)
-        parsed = parse_call(
-            prompt,
-            with_defaults(sampling_params, self._default_params, live.steps.sampler.params),
-            input_ids,
-            companions=companions,
-            specs=live.steps.sampler.params,
-            vocab_size=self.model_config.vocab_size,
-            hidden_size=self.model_config.hidden_size,
-            max_top_logprobs=self.config.max_top_logprobs,
-            tokenizer=self.tokenizer,
-            **arguments,
-        )
-        samples = self._submitter.sequences(parsed, live, is_streaming=stream)
-        # Compiled here, not in the engine's thread: nobody else waits for it.
-        queued = [sample for sample in samples if isinstance(sample, SequenceRequest)]
-        self._runner.prepare(
-            live,
-            lists=any(sample.wants_lists for sample in queued),
-            scores=any(sample.logprob_start is not None for sample in queued),
-            hidden=any(sample.feeds_last for sample in queued),
-            embeds=any(sample.embeds is not None for sample in queued),
-        )
-        return self._submitter.submit(
-            parsed, samples, is_streaming=stream, has_text=bool(return_text_in_logprobs)
-        )
+        asked = {"prompt": prompt, "sampling_params": sampling_params, "input_ids": input_ids}
+        return self._submitter.start({**asked, **arguments})
 
-    def _item_starter(self, common: dict[str, Any]) -> Callable[[Any, int], Call]:
-        def start(item: Any, place: int) -> Call:
-            return self._start(**merged_arguments(common, item, place, _START_DEFAULTS))
+    def _progress(self, call: Call) -> Progress:
+        return Progress(call.num_samples, self.stats, unit="sample", is_shown=True)
 
-        return start
-
-    def _flow(self, max_in_flight: int | None, ordered: bool, on_error: str) -> dict[str, Any]:
-        if on_error not in ("raise", "return"):
-            raise RequestError(f'`on_error` must be "raise" or "return", got {on_error!r}.')
+    def _flow(self, max_in_flight: int | None, ordered: bool, on_error: str) -> Flow:
         if max_in_flight is None:
             max_in_flight = 2 * (self.config.max_running_requests or 1)
-        if max_in_flight < 1:
-            raise RequestError(f"`max_in_flight` must be at least 1, got {max_in_flight}.")
-        return {
-            "max_in_flight": max_in_flight,
-            "is_ordered": ordered,
-            "returns_errors": on_error == "return",
-        }
-
-    def _live_sampler(
-        self, sampler: Any, processor: Any, capture: Any, group_size: int
-    ) -> LiveSampler:
-        """The call's sampler bound to this engine; the engine's own when it brings none."""
-        if sampler is None and processor is None and not capture and group_size == 1:
-            return self._samplers.own
-        chosen = self._samplers.own.steps.sampler if sampler is None else as_sampler(sampler)
-        if processor is not None:
-            chosen = with_processor(chosen, processor)
-        if capture:
-            if not isinstance(capture, Mapping) or not all(map(callable, capture.values())):
-                raise RequestError("`capture` must map names to functions (logits, drawn, ctx).")
-            chosen = chosen._replace(capture={**chosen.capture, **capture})
-        return self._samplers.get(chosen, group_size, forget=self._programs.drop)
-
-
-_START_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(Engine.generate).parameters.items()
-    if parameter.default is not parameter.empty and name != "progress"
-}
-"""What `generate` takes where an item of `imap` does not say."""
+        return Flow.of(max_in_flight, ordered=ordered, on_error=on_error)
 
 
 def _stop(worker: Worker, programs: Any) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,20 +18,50 @@ type Start = Callable[[Any, int], Call]
 """Starts an item's call; the number is its place."""
 
 
-def merged_arguments(
-    common: Mapping[str, Any], item: Any, place: int, defaults: Mapping[str, Any]
-) -> dict[str, Any]:
-    """All arguments of an item's call: its own, before those of all items, before the defaults.
+class Flow(NamedTuple):
+    """How results flow.
 
-    Sampling parameters are merged one by one; names that are not among the defaults are `others`.
+    Attributes:
+      max_in_flight: Most calls that run or wait at once.
+      is_ordered: Give bare results in the order of the items, else `(place, result)` as they end.
+      returns_errors: An item that fails gives its exception as its result.
+    """
+
+    max_in_flight: int
+    is_ordered: bool
+    returns_errors: bool
+
+    @classmethod
+    def of(cls, max_in_flight: int, *, ordered: bool, on_error: str) -> "Flow":
+        """Checks the arguments of `Engine.imap`.
+
+        Raises:
+          RequestError: For one that is wrong.
+        """
+        if on_error not in ("raise", "return"):
+            raise RequestError(f'`on_error` must be "raise" or "return", got {on_error!r}.')
+        if max_in_flight < 1:
+            raise RequestError(f"`max_in_flight` must be at least 1, got {max_in_flight}.")
+        return cls(max_in_flight, ordered, on_error == "return")
+
+
+def merged_arguments(common: Mapping[str, Any], item: Any) -> dict[str, Any]:
+    """The arguments of an item's call: its own, before those of all items.
+
+    Sampling parameters are merged one by one.
+
+    Raises:
+      TypeError: For those of a whole call: an item gives what `generate` does for one, at its end.
     """
     own = arguments_of(item)
-    arguments = {"seed_key": place, **common, **own}
+    arguments = {**common, **own}
+    for name in ("progress", "stream"):
+        if arguments.pop(name, False):
+            raise TypeError(f"imap() got an unexpected keyword argument `{name}`.")
     of_all, its_own = common.get("sampling_params"), own.get("sampling_params")
     if isinstance(of_all, Mapping) and isinstance(its_own, Mapping):
         arguments["sampling_params"] = {**of_all, **its_own}
-    others = {k: arguments.pop(k) for k in [*arguments] if k not in {*defaults, "seed_key"}}
-    return {**defaults, **arguments, "stream": False, "others": others}
+    return arguments
 
 
 def arguments_of(item: Any) -> dict[str, Any]:
@@ -55,24 +85,36 @@ def arguments_of(item: Any) -> dict[str, Any]:
     )
 
 
-def imap(
-    start: Start, items: Any, *, max_in_flight: int, is_ordered: bool, returns_errors: bool
-) -> Iterator[Any]:
+def item_start(start: Callable[[dict[str, Any], Any], Call], common: Mapping[str, Any]) -> Start:
+    """How items are started.
+
+    Args:
+      start: Starts a call of these arguments, its seed derived from this key.
+      common: Arguments of all items.
+    """
+
+    def start_item(item: Any, place: int) -> Call:
+        arguments = merged_arguments(common, item)
+        key = arguments.pop("seed_key", place)
+        return start(arguments, key)
+
+    return start_item
+
+
+def imap(start: Start, items: Any, flow: Flow) -> Iterator[Any]:
     """Results of items as they end or in their order; closing it aborts what still runs.
 
     Args:
       start: Starts an item's call.
       items: Any iterable; an item is taken when there is room for it.
-      max_in_flight: Most calls that run or wait at once.
-      is_ordered: Give bare results in the order of the items, else `(place, result)` as they end.
-      returns_errors: An item that fails gives its exception as its result.
+      flow: How many at once, and what is given.
     """
-    flight = _Flight(start, is_ordered, returns_errors)
+    flight = _Flight(start, flow)
     source = iter(items)
     is_over = False
     try:
         while True:
-            while not is_over and flight.has_room(max_in_flight):
+            while not is_over and flight.has_room:
                 try:
                     flight.add(next(source))
                 except StopIteration:
@@ -87,21 +129,19 @@ def imap(
         flight.close()
 
 
-async def aimap(
-    start: Start, items: Any, *, max_in_flight: int, is_ordered: bool, returns_errors: bool
-) -> AsyncIterator[Any]:
+async def aimap(start: Start, items: Any, flow: Flow) -> AsyncIterator[Any]:
     """`imap` for coroutines; `items` may be an async iterable, too.
 
     Items are taken by a task of their own, so a slow source holds no result back.
     """
-    flight = _Flight(start, is_ordered, returns_errors)
+    flight = _Flight(start, flow)
     room = asyncio.Event()
 
     async def feed() -> None:
         try:
             async with contextlib.aclosing(_each(items)) as source:
                 async for item in source:
-                    while not flight.has_room(max_in_flight):
+                    while not flight.has_room:
                         room.clear()
                         await room.wait()
                     flight.add(item)
@@ -145,11 +185,10 @@ class _Flight:
     `ended` brings the place of a call whenever a sample of it ended.
     """
 
-    def __init__(self, start: Start, is_ordered: bool, returns_errors: bool) -> None:
+    def __init__(self, start: Start, flow: Flow) -> None:
         self.ended = Channel()
         self._start = start
-        self._is_ordered = is_ordered
-        self._returns_errors = returns_errors
+        self._flow = flow
         self._running: dict[int, Call] = {}
         self._results: dict[int, Any] = {}
         self._num_added = 0
@@ -162,12 +201,14 @@ class _Flight:
     @property
     def has_due(self) -> bool:
         """Whether `pop` has something to give."""
-        return self._num_given in self._results if self._is_ordered else bool(self._results)
+        return self._num_given in self._results if self._flow.is_ordered else bool(self._results)
 
-    def has_room(self, max_in_flight: int) -> bool:
+    @property
+    def has_room(self) -> bool:
         """Whether another item may be taken."""
-        is_held_up = len(self._results) >= REORDER_FACTOR * max_in_flight
-        return len(self._running) < max_in_flight and not is_held_up
+        most = self._flow.max_in_flight
+        is_held_up = len(self._results) >= REORDER_FACTOR * most
+        return len(self._running) < most and not is_held_up
 
     def add(self, item: Any) -> None:
         """Starts the next item."""
@@ -196,10 +237,10 @@ class _Flight:
 
     def pop(self) -> Any:
         """Gives what is due."""
-        place = self._num_given if self._is_ordered else next(iter(self._results))
+        place = self._num_given if self._flow.is_ordered else next(iter(self._results))
         self._num_given += 1
         result = self._results.pop(place)
-        return result if self._is_ordered else (place, result)
+        return result if self._flow.is_ordered else (place, result)
 
     def close(self) -> None:
         """Aborts what still runs."""
@@ -208,7 +249,7 @@ class _Flight:
         self._running.clear()
 
     def _fail(self, place: int, error: Exception) -> None:
-        if not self._returns_errors:
+        if not self._flow.returns_errors:
             error.add_note(f"It was item {place} of the iterator.")
             raise error
         self._results[place] = error

@@ -18,6 +18,11 @@ def locate(config: EngineConfig) -> Path:
     Raises:
       ConfigError: Says what was looked for, and where.
     """
+    if not config.model_path:
+        raise ConfigError(
+            "`model_path` is missing: pass a checkpoint folder, a .gguf file, a hub id, or "
+            "jaxengine.DEMO_MODEL."
+        )
     path = Path(config.model_path).expanduser()
     if config.load_format == "gguf" and not is_gguf(path):
         raise ConfigError(
@@ -26,7 +31,7 @@ def locate(config: EngineConfig) -> Path:
     if path.is_dir() or (path.is_file() and is_gguf(path)):
         return path
     is_local = path.is_absolute() or config.model_path.startswith(".") or is_gguf(path)
-    if not config.model_path or is_local:
+    if is_local:
         raise ConfigError(
             f"`model_path` {config.model_path!r} is not a folder. "
             "Pass a checkpoint folder, a .gguf file, a hub id, or jaxengine.DEMO_MODEL."

@@ -2,19 +2,15 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from itertools import repeat
+from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from jaxengine.channel import Channel
 from jaxengine.display import Output
 from jaxengine.hidden import HiddenCollector
+from jaxengine.reports import Decode, MetaInfo, Reports
 from jaxengine.text.detokenizer import Detokenizer
 from jaxengine.types import HIDDEN, WEIGHTS_ID, SequenceRequest, SequenceUpdate, StopReason
-
-type Decode = Callable[[int], str]
 
 
 class SequenceOutput:
@@ -68,7 +64,7 @@ class SequenceOutput:
         self._num_given = 0
         self._ending: StopReason | None = None
         self._ids: list[int] = []
-        self._reports = _Reports(request, decode)
+        self._reports = Reports(request, decode)
         self._undecoded: list[int] = []
         self._delta_text = ""
         self._was_answered = False
@@ -128,7 +124,11 @@ class SequenceOutput:
                 output["delta_text"] = self._delta_text
             output["delta_ids"] = self._ids[self._num_given :]
             if self._is_incremental:
-                _leave_what_is_new(output, self._num_given)
+                output |= {
+                    old: output[new]
+                    for old, new in (("text", "delta_text"), ("output_ids", "delta_ids"))
+                    if new in output
+                }
         self._delta_text = ""
         self._num_given = len(self._ids)
         self._channel.put((self._index, output, is_last))
@@ -184,10 +184,13 @@ class SequenceOutput:
             "weight_version": self._weight_version(),
             "num_retractions": update.num_retractions,
             "seed": request.seed,
-            **self._reports.logprobs(),
         }
+        first = self._num_given if self._is_incremental else 0
+        lists = self._reports.logprobs(first)
+        if lists:
+            meta["output_token_logprobs_length"] = lists["output_token_logprobs"].end
         if len(self._weights_ids) > 1:
-            meta["output_weight_versions"] = self._token_versions()
+            meta["output_weight_versions"] = self._token_versions()[first:]
         if finish is not None:
             meta["e2e_latency"] = now - self._started
             if self._hidden is not None:
@@ -200,110 +203,9 @@ class SequenceOutput:
         output = Output()
         if self._detokenizer is not None:
             output["text"] = self._detokenizer.text
-        output |= {"output_ids": self._ids.copy(), "meta_info": meta}
+        output |= {"output_ids": self._ids.copy(), "meta_info": MetaInfo(meta, lists)}
         if self._has_prompt_ids:
             output["prompt_token_ids"] = request.prompt_ids.tolist()
-        if captures := self._reports.captures():
+        if captures := self._reports.captures(first):
             output["captures"] = captures
         return output
-
-
-def _leave_what_is_new(output: dict[str, Any], num_given: int) -> None:
-    """Drops the first tokens' part of everything that has one for every token."""
-    output |= {
-        old: output[new]
-        for old, new in (("text", "delta_text"), ("output_ids", "delta_ids"))
-        if new in output
-    }
-    meta = output["meta_info"]
-    for name, values in meta.items():
-        if name.startswith("output_") and isinstance(values, list):
-            meta[name] = values[num_given:]
-    if "captures" in output:
-        output["captures"] = {name: rows[num_given:] for name, rows in output["captures"].items()}
-
-
-class _Reports:
-    """What is reported of a sequence's tokens beside themselves: logprobs and captures."""
-
-    def __init__(self, request: SequenceRequest, decode: Decode | None) -> None:
-        self._request = request
-        self._decode = decode
-        self._kinds: dict[str, list[Any]] = {}
-        self._parts: dict[str, list[np.ndarray]] = {}
-        if request.wants_logprobs:
-            kinds = ["token", "raw", "processed"]
-            kinds += ["top"] * bool(request.num_top_logprobs)
-            kinds += ["token_ids"] * bool(request.logprob_ids)
-            self._kinds = {f"output_{kind}": [] for kind in kinds}
-            inputs = [kind for kind in kinds if kind not in ("raw", "processed")]
-            self._kinds |= {f"input_{kind}": [] for kind in inputs}
-
-    def push(self, update: SequenceUpdate) -> None:
-        """Takes what a step brought."""
-        if self._kinds and len(update.leaves.get("token", ())):
-            self._push_tokens("output", update.leaves, update.leaves["token"])
-            for kind in ("raw", "processed"):
-                self._kinds[f"output_{kind}"] += update.leaves[f"{kind}_logprob"].tolist()
-        # Hidden states of the prompt may come without its logprobs.
-        if self._kinds and "logprob" in update.prompt_leaves:
-            self._push_prompt(update.prompt_leaves)
-        for name, leaf in update.leaves.items():
-            if name.startswith(("aux", "capture/")):
-                self._parts.setdefault(name.removeprefix("capture/"), []).append(leaf)
-
-    def cut(self, num_tokens: int) -> None:
-        """Drops what is reported of output tokens after so many."""
-        for name, values in self._kinds.items():
-            if name.startswith("output_"):
-                del values[num_tokens:]
-        self._parts = {name: [leaf[:num_tokens]] for name, leaf in self.captures().items()}
-
-    def logprobs(self) -> dict[str, Any]:
-        """SGLang's lists of `meta_info`, and the token's logprob by the two other measures."""
-        if not self._kinds:
-            return {}
-        lists = {f"{name}_logprobs": values.copy() for name, values in self._kinds.items()}
-        lists["output_token_raw_logprobs"] = lists.pop("output_raw_logprobs")
-        lists["output_token_processed_logprobs"] = lists.pop("output_processed_logprobs")
-        return {**lists, "output_token_logprobs_length": len(lists["output_token_logprobs"])}
-
-    def captures(self) -> dict[str, np.ndarray]:
-        """Arrays [tokens, ...] by name."""
-        # Samples that end in the prefill and in a window bring several parts.
-        return {name: np.concatenate(parts) for name, parts in self._parts.items()}
-
-    def _push_prompt(self, leaves: Mapping[str, np.ndarray]) -> None:
-        start, ids = self._request.logprob_start or 0, self._request.prompt_ids
-        num_before = len(self._kinds["input_token"])
-        if num_before == 0 and start == 0:
-            # Nothing comes before the first token, so it has no probability.
-            self._kinds["input_token"].append((None, int(ids[0]), self._text(int(ids[0]))))
-            for kind in ("input_top", "input_token_ids"):
-                if kind in self._kinds:
-                    self._kinds[kind].append(None)
-            num_before = 1
-        first = start + num_before
-        self._push_tokens("input", leaves, ids[first : first + len(leaves["logprob"])])
-
-    def _push_tokens(
-        self, side: str, leaves: Mapping[str, np.ndarray], token_ids: np.ndarray
-    ) -> None:
-        request, kinds = self._request, self._kinds
-        kinds[f"{side}_token"] += self._triples(leaves["logprob"].tolist(), token_ids.tolist())
-        if request.num_top_logprobs:
-            tops = leaves["top_logprobs"][:, : request.num_top_logprobs].tolist()
-            kinds[f"{side}_top"] += map(self._triples, tops, leaves["top_ids"].tolist())
-        if request.logprob_ids:
-            given = leaves["id_logprobs"].tolist()
-            kinds[f"{side}_token_ids"] += map(self._triples, given, repeat(request.logprob_ids))
-
-    def _triples(
-        self, logprobs: list[float], ids: Sequence[int]
-    ) -> list[tuple[float, int, str | None]]:
-        # Millions at batch 256 with twenty a token: no loop in Python. The longer one is padded.
-        texts = repeat(None) if self._decode is None else map(self._decode, ids)
-        return list(zip(logprobs, ids, texts, strict=False))
-
-    def _text(self, token_id: int) -> str | None:
-        return None if self._decode is None else self._decode(token_id)

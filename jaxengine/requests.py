@@ -10,22 +10,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxengine import arguments
+from jaxengine import arguments as checks
 from jaxengine.compat import GENERATE_ARGUMENTS, SAMPLING_PARAMETERS, nearest
 from jaxengine.errors import RequestError
+from jaxengine.generate_arguments import DEFAULTS
 from jaxengine.log import logger
 from jaxengine.params import SamplingParams, parse_sampling_params
 from jaxengine.types import HiddenFormat, HiddenStates, Param
 
-_OWN_ARGUMENTS = (
-    "capture",
-    "companions",
-    "hidden_states_format",
-    "on_error",
-    "sampler",
+_ONE_A_PROMPT = (
+    "cache_salt",
+    "extra_key",
+    "logprob_start_len",
+    "priority",
+    "return_hidden_states",
+    "return_logprob",
+    "sampling_params",
     "timeout_s",
+    "top_logprobs_num",
 )
-"""Arguments SGLang does not have."""
+"""Arguments of which there is one for all prompts, or a list with one a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,37 +98,23 @@ class ParsedCall(NamedTuple):
       requests: One a prompt, in order.
       n: Samples a prompt; results are prompt-major.
       is_single: The result is one dict, not a list: one bare prompt and one sample.
+      is_streaming: Outputs are given as they grow.
+      has_text: Lists of logprobs carry the tokens' text.
       returns_errors: What fails becomes an output; nothing is raised for it.
     """
 
     requests: list[PromptRequest | Refused]
     n: int
     is_single: bool
+    is_streaming: bool = False
+    has_text: bool = False
     returns_errors: bool = False
 
 
 def parse_call(
-    prompt: Any,
-    sampling_params: Any,
-    input_ids: Any,
+    arguments: Mapping[str, Any],
     *,
-    return_logprob: Any = False,
-    top_logprobs_num: Any = None,
-    token_ids_logprob: Any = None,
-    logprob_start_len: Any = None,
-    companions: Any = None,
-    input_embeds: Any = None,
-    return_hidden_states: Any = False,
-    hidden_states_format: Any = "numpy",
-    return_prompt_token_ids: Any = False,
-    cache_salt: Any = None,
-    extra_key: Any = None,
-    priority: Any = None,
-    timeout_s: Any = None,
-    on_error: Any = "raise",
-    rid: Any = None,
     seed_key: int | str | None = None,
-    others: Mapping[str, Any],
     specs: Mapping[str, Param],
     vocab_size: int,
     hidden_size: int,
@@ -134,26 +124,9 @@ def parse_call(
     """Checks the arguments of one `generate` call, which may be of any type.
 
     Args:
-      prompt: One text or a list of texts.
-      sampling_params: One for all prompts, or a list with one a prompt.
-      input_ids: Ids of one prompt, or a list of such; lists or numpy arrays.
-      return_logprob: One for all, or a list.
-      top_logprobs_num: One for all, or a list.
-      token_ids_logprob: A list of ids for all, or a list of such lists.
-      logprob_start_len: One for all, or a list; -1 or None for none.
-      companions: A list of prompts for one bare prompt, else a list of such lists.
-      input_embeds: Embeddings [tokens, D] of one prompt instead of ids, or a list of such.
-      return_hidden_states: True, "last", "mean" or False; one for all, or a list.
-      hidden_states_format: "numpy" or "sglang".
-      return_prompt_token_ids: Outputs carry the prompt's ids.
-      cache_salt: One for all, or a list.
-      extra_key: One for all, or a list.
-      priority: One for all, or a list.
-      timeout_s: One for all, or a list.
-      on_error: "raise", or "return" to refuse bad prompts alone.
-      rid: Public id or ids; one id and a list of prompts give `{rid}_{index}`. Fresh when None.
+      arguments: By name, as `Engine.generate` explains them; those that are not there have their
+        defaults.
       seed_key: Of the one prompt, where it is one of a stream; its index when None.
-      others: Further keyword arguments of the call.
       specs: Parameters of the engine's sampler.
       vocab_size: Token ids are in [0, vocab_size).
       hidden_size: Width of an embedding.
@@ -164,51 +137,48 @@ def parse_call(
       TypeError: For an argument or sampling parameter nobody knows, with the nearest name.
       RequestError: For anything else; it names the prompt by its index.
     """
-    _check_others(others, specs)
-    if prompt is not None and input_ids is not None and tokenizer is None:
+    given = {**DEFAULTS, **arguments}
+    _check_others({k: v for k, v in arguments.items() if k not in DEFAULTS}, specs)
+    if given["input_ids"] is not None and tokenizer is None:
         # Ray's stage for SGLang sends both; without a tokenizer only the ids can be meant.
-        prompt = None
-    arguments.choice("on_error", on_error, ("raise", "return"))
-    arguments.choice("hidden_states_format", hidden_states_format, ("numpy", "sglang"))
-    kind, rows, is_list = _rows(prompt, input_ids, input_embeds, tokenizer)
+        given["prompt"] = None
+    on_error, form = given["on_error"], given["hidden_states_format"]
+    checks.choice("on_error", on_error, ("raise", "return"))
+    checks.choice("hidden_states_format", form, ("numpy", "sglang"))
+    kind, rows, is_list = _rows(given, tokenizer)
     count = len(rows)
-    rids = arguments.rids_of(rid, count, is_list)
-
-    def spread(name: str, value: Any) -> list[Any]:
-        return arguments.spread(name, value, count, is_list)
-
-    wants_logprob = spread("return_logprob", return_logprob)
-    tops = spread("top_logprobs_num", top_logprobs_num)
-    starts = spread("logprob_start_len", logprob_start_len)
-    salts, keys = spread("cache_salt", cache_salt), spread("extra_key", extra_key)
-    priorities, timeouts = spread("priority", priority), spread("timeout_s", timeout_s)
-    given = arguments.logprob_rows(token_ids_logprob, count, is_list)
-    friends = arguments.companion_rows(companions, count, is_list)
-    hidden = spread("return_hidden_states", return_hidden_states)
+    rids = checks.rids_of(given["rid"], count, is_list)
+    each = {name: checks.spread(name, given[name], count, is_list) for name in _ONE_A_PROMPT}
+    id_rows = checks.logprob_rows(given["token_ids_logprob"], count, is_list)
+    friends = checks.companion_rows(given["companions"], count, is_list)
     parse_params = functools.partial(
         parse_sampling_params, specs=specs, vocab_size=vocab_size, tokenizer=tokenizer
     )
-    params = spread("sampling_params", sampling_params)
     # One for all is parsed once, and what is wrong with it is wrong with the call.
-    is_shared = not isinstance(sampling_params, list | tuple)
-    shared = parse_params(sampling_params, index=None) if is_shared else None
+    is_shared = not isinstance(given["sampling_params"], list | tuple)
+    shared = parse_params(given["sampling_params"], index=None) if is_shared else None
 
     def parse(i: int) -> PromptRequest:
         def place(name: str) -> str:
-            return arguments.place_of(name, i, is_list)
+            return checks.place_of(name, i, is_list)
 
-        wants = arguments.flag(wants_logprob[i], place("return_logprob"))
-        top = arguments.integer(tops[i], place("top_logprobs_num"), 0, max_top_logprobs)
-        start = arguments.integer(starts[i], place("logprob_start_len"), -1, arguments.INT32_MAX)
-        logprob_ids = arguments.logprob_ids(given[i], place("token_ids_logprob"), vocab_size)
-        parsed = shared or parse_params(params[i], index=i)
+        def integer(name: str, low: int, high: int = checks.INT32_MAX) -> int | None:
+            return checks.integer(each[name][i], place(name), low, high)
+
+        wants = checks.flag(each["return_logprob"][i], place("return_logprob"))
+        top = integer("top_logprobs_num", 0, max_top_logprobs)
+        start = integer("logprob_start_len", -1)
+        logprob_ids = checks.logprob_ids(id_rows[i], place("token_ids_logprob"), vocab_size)
+        salt, key = each["cache_salt"][i], each["extra_key"][i]
+        hidden = each["return_hidden_states"][i]
+        parsed = shared or parse_params(each["sampling_params"][i], index=i)
         text, ids, embeds = None, None, None
         if kind == "prompt":
-            text = arguments.checked_text(rows[i], i, is_list)
+            text = checks.checked_text(rows[i], i, is_list)
         elif kind == "input_ids":
-            ids = arguments.token_ids(rows[i], place(kind), vocab_size)
+            ids = checks.token_ids(rows[i], place(kind), vocab_size)
         else:
-            embeds = arguments.embeds(rows[i], place(kind), hidden_size)
+            embeds = checks.embeds(rows[i], place(kind), hidden_size)
             ids = np.full(len(embeds), -1, np.int32)
             _check_goes_with_embeds(friends[i], start)
         return PromptRequest(
@@ -225,21 +195,19 @@ def parse_call(
             logprob_ids=logprob_ids if wants else (),
             logprob_start=start if wants and start is not None and start >= 0 else None,
             companions=tuple(
-                arguments.companion(friend, place("companions"), vocab_size, tokenizer)
+                checks.companion(friend, place("companions"), vocab_size, tokenizer)
                 for friend in friends[i]
             ),
-            hidden_states=arguments.hidden_states(hidden[i], place("return_hidden_states")),
-            hidden_format=hidden_states_format,
+            hidden_states=checks.hidden_states(hidden, place("return_hidden_states")),
+            hidden_format=form,
             embeds=embeds,
-            has_prompt_ids=bool(return_prompt_token_ids),
-            cache_namespace=arguments.namespace(salts[i], keys[i], place)
+            has_prompt_ids=bool(given["return_prompt_token_ids"]),
+            cache_namespace=checks.namespace(salt, key, place)
             # What came of embeddings is found by samples of the same prompt, and nobody else.
             if embeds is None
             else object(),
-            priority=arguments.integer(
-                priorities[i], place("priority"), -arguments.INT32_MAX, arguments.INT32_MAX
-            ),
-            timeout_s=arguments.timeout(timeouts[i], place("timeout_s")),
+            priority=integer("priority", -checks.INT32_MAX),
+            timeout_s=checks.timeout(each["timeout_s"][i], place("timeout_s")),
         )
 
     requests: list[PromptRequest | Refused] = []
@@ -251,16 +219,25 @@ def parse_call(
                 raise
             requests.append(Refused(rids[i], error))
     n = shared.params.n if shared else _common_n(requests)
-    return ParsedCall(requests, n, not is_list and n == 1, returns_errors=on_error == "return")
+    return ParsedCall(
+        requests,
+        n,
+        is_single=not is_list and n == 1,
+        is_streaming=bool(given["stream"]),
+        has_text=bool(given["return_text_in_logprobs"]),
+        returns_errors=on_error == "return",
+    )
 
 
-def group_size(prompt: Any, input_ids: Any, companions: Any) -> int:
+def group_size(arguments: Mapping[str, Any]) -> int:
     """Prompts that are continued in lockstep: one, and its companions."""
-    if prompt is None and input_ids is None:
+    names = ("prompt", "input_ids", "companions")
+    prompt, input_ids, companions = (arguments.get(name) for name in names)
+    if not companions or (prompt is None and input_ids is None):
         return 1
     is_list = not isinstance(prompt, str)
     if prompt is None:
-        is_list = arguments.is_list_of_prompts(input_ids)
+        is_list = checks.is_list_of_prompts(input_ids)
     first = companions[0] if is_list and isinstance(companions, list | tuple) else companions
     return 1 + len(first) if isinstance(first, list | tuple) else 1
 
@@ -269,10 +246,10 @@ def _check_others(others: Mapping[str, Any], specs: Mapping[str, Param]) -> None
     for name, value in others.items():
         known = GENERATE_ARGUMENTS.get(name)
         if known is None or known.fate == "honoured":
-            if name in specs or name in SAMPLING_PARAMETERS:
+            if name in specs or name in SAMPLING_PARAMETERS or hasattr(SamplingParams, name):
                 hint = "; it is a sampling parameter: put it into `sampling_params`."
             else:
-                hint = nearest(name, (*_OWN_ARGUMENTS, *GENERATE_ARGUMENTS))
+                hint = nearest(name, (*DEFAULTS, *GENERATE_ARGUMENTS))
             raise TypeError(f"generate() got an unexpected keyword argument `{name}`{hint}")
         if known.fate == "ignored":
             _warn_once(name, known.why)
@@ -285,12 +262,10 @@ def _warn_once(name: str, why: str) -> None:
     logger.warning("`%s` is ignored: %s.", name, why)
 
 
-def _rows(
-    prompt: Any, input_ids: Any, input_embeds: Any, tokenizer: Any
-) -> tuple[str, list[Any], bool]:
+def _rows(given: Mapping[str, Any], tokenizer: Any) -> tuple[str, list[Any], bool]:
     """Which argument the prompts are given in, one entry a prompt, and whether it is a list."""
-    given = {"prompt": prompt, "input_ids": input_ids, "input_embeds": input_embeds}
-    names = [name for name, value in given.items() if value is not None]
+    kinds = ("prompt", "input_ids", "input_embeds")
+    names = [name for name in kinds if given[name] is not None]
     if not names:
         raise RequestError("`prompt`, `input_ids` or `input_embeds` must be given.")
     if len(names) > 1:
@@ -299,12 +274,13 @@ def _rows(
             f"{listed} are {'both ' * (len(names) == 2)}given; leave all but one out."
         )
     [kind] = names
+    prompts = given[kind]
     if kind == "prompt":
-        is_list = not isinstance(prompt, str)
-        return kind, arguments.texts(prompt, is_list, tokenizer), is_list
-    of_many = arguments.is_list_of_prompts if kind == "input_ids" else arguments.is_list_of_embeds
-    is_list = of_many(given[kind])
-    return kind, list(given[kind]) if is_list else [given[kind]], is_list
+        is_list = not isinstance(prompts, str)
+        return kind, checks.texts(prompts, is_list, tokenizer), is_list
+    of_many = checks.is_list_of_prompts if kind == "input_ids" else checks.is_list_of_embeds
+    is_list = of_many(prompts)
+    return kind, list(prompts) if is_list else [prompts], is_list
 
 
 def _check_goes_with_embeds(companions: Any, logprob_start: int | None) -> None:

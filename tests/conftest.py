@@ -1,5 +1,6 @@
 """Set-up of the whole test run: device, shape checks at run time, and which markers apply."""
 
+import fcntl
 import importlib
 import os
 import signal
@@ -9,6 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+LONG_FILES = frozenset(
+    """
+    test_batch_kill test_bench test_builtins test_interpreter test_notebooks test_parity test_ray
+    test_samplers test_sglang_cells
+    """.split()
+)
+"""They come first, so that the workers end together: each takes more than 15 s."""
 
 
 def asks_for(config: pytest.Config, marker: str) -> bool:
@@ -25,6 +34,17 @@ def has_cuda_plugin() -> bool:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Tracing keeps one core busy, so a few at a time; a GPU has room for one."""
     return 0 if asks_for(config, "gpu") else min(4, os.cpu_count() or 1)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay together, for they share engines; notebooks share nothing."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "test_notebooks" in nodeid else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 def pytest_configure(config: pytest.Config):
@@ -47,6 +67,7 @@ def pytest_configure(config: pytest.Config):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]):
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
     if has_cuda_plugin():
         return
     skip = pytest.mark.skip(reason="needs the CUDA plugin of jax: see .ci/run")
@@ -57,10 +78,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Executables of all engines of the run."""
-    folder = tmp_path_factory.mktemp("executables")
-    folder.chmod(0o700)
+    """Executables of all engines of the run, whichever worker of pytest-xdist compiled them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "executables"
+    folder.mkdir(mode=0o700, exist_ok=True)
     return folder
+
+
+def compiled(*args: Any, cache_dir: str, **settings: Any) -> Any:
+    """An engine with all its programs; workers wait for each other rather than compile twice."""
+    import jaxengine  # not before the hook above
+
+    with open(f"{cache_dir}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        engine = jaxengine.Engine(*args, cache_dir=cache_dir, **settings)
+        engine.wait_until_compiled()
+    return engine
 
 
 @pytest.fixture(scope="session")
@@ -74,11 +107,10 @@ def demo_settings(cache_dir: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def demo(demo_settings: dict[str, Any]) -> Iterator[Any]:
     """An engine over the demo model."""
-    import jaxengine
+    import jaxengine  # not before the hook above
     from tests.engine.conftest import assert_idle
 
-    with jaxengine.Engine(model_path=jaxengine.DEMO_MODEL, **demo_settings) as engine:
-        engine.wait_until_compiled()
+    with compiled(jaxengine.DEMO_MODEL, **demo_settings) as engine:
         yield engine
         assert_idle(engine)
 
@@ -100,13 +132,19 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """The tiny model with a tokenizer as a folder, for processes of their own."""
+    from tests.engine import tiny
+
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("tiny"), tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
 def engine(settings: dict[str, Any], tokenizer: Any) -> Iterator[Any]:
     """The tiny model with a tokenizer."""
-    import jaxengine
     from tests.engine import tiny
     from tests.engine.conftest import assert_idle
 
-    with jaxengine.Engine(**tiny.engine_arguments(), tokenizer=tokenizer, **settings) as engine:
-        engine.wait_until_compiled()
+    with compiled(**tiny.engine_arguments(), tokenizer=tokenizer, **settings) as engine:
         yield engine
         assert_idle(engine)

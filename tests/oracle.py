@@ -59,10 +59,12 @@ def run_prefill(
 ) -> list[np.ndarray]:
     """Float32 logits `[T, V]` of every prompt; one call takes `chunk_len` tokens of each of them.
 
-    With a `chunk_len` of 1 every call is a decode step. The pages of a prompt are scattered over a
-    cache that is full of NaN, so reading what was never written shows.
+    With a `chunk_len` of 1 every call is a decode step; all others are one program, padded to the
+    size of the prompts together. The pages of a prompt are scattered over a cache that is full of
+    NaN, so reading what was never written shows.
     """
     num_rows = len(prompts)
+    num_tokens = num_rows if chunk_len == 1 else -(-sum(map(len, prompts)) // 64) * 64
     pages_per_row = -(-max(map(len, prompts)) // PAGE_SIZE)
     num_pages = 1 + num_rows * pages_per_row
     page_ids = np.random.default_rng(0).permutation(np.arange(1, num_pages, dtype=np.int32))
@@ -75,18 +77,17 @@ def run_prefill(
     logits = [np.zeros((0, config.vocab_size), np.float32) for _ in prompts]
     for start in range(0, max(map(len, prompts)), chunk_len):
         rows = [prompt[start : start + chunk_len] for prompt in prompts]
-        ids, positions, meta, owners = pack(rows, start, chunk_len, page_table)
+        ids, positions, meta, owners = pack(rows, start, num_tokens, page_table)
         out, kv = step(params, kv, ids, positions, meta)
         logits = [np.concatenate([a, out[owners == row]]) for row, a in enumerate(logits)]
     return logits
 
 
 def pack(
-    rows: list[np.ndarray], start: int, chunk_len: int, page_table: np.ndarray
+    rows: list[np.ndarray], start: int, num_tokens: int, page_table: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, AttentionMetadata, np.ndarray]:
     """Ids, positions, metadata and owning row (-1 for padding) of the packed tokens."""
-    is_decode = chunk_len == 1
-    num_tokens = len(rows) * chunk_len
+    is_decode = num_tokens == len(rows)
     ids, positions, write_pages, write_offsets = np.zeros((4, num_tokens), np.int32)
     owners = np.full(num_tokens, -1)
     lens = np.asarray([len(row) for row in rows], np.int32)

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import logging
+import pydoc
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxengine.compat import (
 from jaxengine.config import EngineConfig
 from jaxengine.engine_arguments import ENGINE_ARGUMENTS
 from jaxengine.errors import ConfigError, RequestError
+from jaxengine.generate_arguments import DEFAULTS
 from jaxengine.params import SamplingParams, parse_sampling_params
 from jaxengine.requests import _warn_once, parse_call
 from jaxengine.types import Param
@@ -99,19 +101,14 @@ def test_refused_arguments_are_refused_unless_they_ask_for_nothing(
 
 
 def call(**arguments: Any) -> Any:
-    signature = inspect.signature(parse_call)
-    ours = {name: arguments.pop(name) for name in [*arguments] if name in signature.parameters}
-    settings = {
-        "hidden_size": 8,
-        "vocab_size": 10,
-        "max_top_logprobs": 5,
-        "specs": SPECS,
-        "tokenizer": object(),
-    }
-    fitting = {name: value for name, value in settings.items() if name in signature.parameters}
-    prompt, ids = ours.pop("prompt", None), ours.pop("input_ids", [1, 2])
-    params = ours.pop("sampling_params", None)
-    return parse_call(prompt, params, ids, **ours, **fitting, others=arguments)
+    return parse_call(
+        {"input_ids": [1, 2], **arguments},
+        specs=SPECS,
+        vocab_size=10,
+        hidden_size=8,
+        max_top_logprobs=5,
+        tokenizer=object(),
+    )
 
 
 def test_honoured_arguments_of_generate_are_in_its_signature():
@@ -121,6 +118,25 @@ def test_honoured_arguments_of_generate_are_in_its_signature():
         assert named & GENERATE_ARGUMENTS.keys() == honoured
     positional = list(inspect.signature(Engine.generate).parameters)[1:4]
     assert positional == ["prompt", "sampling_params", "input_ids"]
+
+
+@pytest.mark.parametrize("method", ["generate", "async_generate"])
+def test_arguments_of_generate_are_listed_and_explained(method: str):
+    """`help` and a notebook's tooltip show each, though they are written down once."""
+    parameters = dict(inspect.signature(getattr(Engine, method)).parameters)
+    assert parameters.pop("self") and parameters.pop("others")
+    assert {name: p.default for name, p in parameters.items()} == DEFAULTS
+    shown = pydoc.plain(pydoc.render_doc(Engine.generate))
+    for name in DEFAULTS:
+        assert f"\n      {name}: " in shown, f"`{name}` is not explained"
+
+
+def test_settings_are_listed_in_the_engines_signature():
+    parameters = inspect.signature(Engine).parameters
+    defaults = {name: getattr(EngineConfig(), name) for name in FIELDS}
+    assert {name: parameters[name].default for name in FIELDS} == defaults
+    explained = inspect.getdoc(EngineConfig) or ""
+    assert [name for name in FIELDS if f"\n  {name}: " not in explained] == []
 
 
 def test_ignored_arguments_of_generate_warn(caplog: pytest.LogCaptureFixture):

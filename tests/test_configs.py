@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 import pytest
 
 from jaxengine.bench.shapes import SHAPES
-from jaxengine.build import settle
 from jaxengine.config import EngineConfig
 from jaxengine.defaults import default_params, with_defaults
 from jaxengine.errors import CapacityError, ConfigError
+from jaxengine.limits import settle
 from jaxengine.locate import read_model_config
 from jaxengine.models import MODELS
 from jaxengine.params import SamplingParams
@@ -33,10 +34,12 @@ def test_preset_loads(path: Path):
     assert EngineConfig.from_kwargs(config.settings()) == config
 
 
-def settle_on(gpu_gb: int, preset: Path, **settings: Any) -> Any:
+def settle_on(
+    gpu_gb: int, preset: Path, shape: Mapping[str, Any] | None = None, **settings: Any
+) -> Any:
     """The limits of a preset on an empty GPU, and the bytes of its weights."""
     config = EngineConfig.from_kwargs({**EngineConfig.from_toml(preset).settings(), **settings})
-    raw = SHAPES[preset.stem]
+    raw = {**SHAPES[preset.stem], **(shape or {})}
     family = MODELS[raw["architectures"][0]]
     model = family.parse_config(raw)
     weight_bytes = sum(2 * math.prod(p.shape) for p in family.weight_parts(model).values())
@@ -71,10 +74,16 @@ def test_what_does_not_fit_says_by_how_much():
     assert limits.max_total_tokens > 4096
 
 
-def test_context_beyond_the_models_is_refused():
+def test_context_beyond_the_models_is_refused(caplog: pytest.LogCaptureFixture):
     [path] = [p for p in PRESETS if p.stem == "qwen2.5-0.5b"]
     with pytest.raises(ConfigError, match="`context_length` 40,000 exceeds the model's 32,768"):
         settle_on(24, path, context_length=40_000)
+    window = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 0}
+    limits, _ = settle_on(24, path, window)
+    assert limits.context_length == 4096
+    assert "limited to 4,096 tokens: the model's attention slides a window" in caplog.text
+    with pytest.raises(ConfigError, match="exceeds the model's sliding attention window of 4,096"):
+        settle_on(24, path, window, context_length=5000)
 
 
 def test_pool_that_does_not_fit_says_by_how_much():
@@ -89,9 +98,13 @@ def test_pool_that_does_not_fit_says_by_how_much():
     [
         ({"page_size": 0}, "`page_size` must be a positive integer, got 0"),
         ({"max_total_tokens": True}, "`max_total_tokens` must be a positive integer"),
-        ({"mem_fraction_static": 1.5}, r"`mem_fraction_static` must be in \(0, 1\), got 1.5"),
+        ({"mem_fraction_static": 1.5}, r"`mem_fraction_static` must be a number in \(0, 1\), got"),
+        ({"mem_fraction_static": "0.9"}, "`mem_fraction_static` must be a number"),
         ({"dtype": "int8"}, "`dtype` must be one of"),
         ({"decode_buckets": [4, 2]}, "`decode_buckets` must be ascending"),
+        ({"prefill_buckets": 64}, "`prefill_buckets` must be ascending positive sizes, got 64"),
+        ({"hidden_layers": 3}, "`hidden_layers` must be numbers of layers, got 3"),
+        ({"random_seed": "7"}, "`random_seed` must be an integer, 0 or more, got '7'"),
         ({"chunked_prefill_size": -2}, "`chunked_prefill_size` must be a positive integer or -1"),
     ],
 )

@@ -1,7 +1,7 @@
 """The arguments of `generate`: shapes, and every way to get them wrong."""
 
-import inspect
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,18 +11,16 @@ from jaxengine.params import SamplingParams
 from jaxengine.requests import ParsedCall, PromptRequest, Refused, parse_call
 from jaxengine.types import Param
 
-NAMED = inspect.signature(parse_call).parameters
 SPECS = {"temperature": Param("float32", 1.0)}
 
 
-def call(prompt=None, sampling_params=None, input_ids=None, **others) -> ParsedCall:
-    named = {name: others.pop(name) for name in NAMED if name in others}
+def call(
+    prompt=None, sampling_params=None, input_ids=None, *, tokenizer: Any = "any", **others
+) -> ParsedCall:
+    asked = {"prompt": prompt, "sampling_params": sampling_params, "input_ids": input_ids}
     return parse_call(
-        prompt,
-        sampling_params,
-        input_ids,
-        **{"tokenizer": object(), **named},
-        others=others,
+        {**asked, **others},
+        tokenizer=tokenizer,
         specs=SPECS,
         vocab_size=10,
         hidden_size=4,

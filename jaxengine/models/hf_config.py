@@ -48,6 +48,7 @@ def dense_config(raw: RawConfig, *, window: int | None = None, **flags: Any) -> 
         rope_scaling=scaling,
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         max_position_embeddings=min(most, window or most),
+        sliding_window=window,
         dtype=raw.get(dtype) or "bfloat16",
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
         **flags,

@@ -7,6 +7,7 @@ chained by asynchronous dispatch; ready seconds after a notebook cell was edited
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from jaxengine.errors import SamplerError
 from jaxengine.models.family import Params
 from jaxengine.runtime import batch, results
 from jaxengine.runtime.forward import Forward, Hidden
-from jaxengine.runtime.results import ResultLayout
+from jaxengine.runtime.results import ResultLayout, Results
 from jaxengine.runtime.slots import HISTORY, TableLayout, sampler_layout
 from jaxengine.runtime.state import (
     COUNT_DTYPE,
@@ -38,23 +39,19 @@ from jaxengine.sampling.transforms import select_rows
 from jaxengine.types import HIDDEN
 
 
-class Results(NamedTuple):
-    """What the host may read of a step; see `results.pack`.
+class _Group(NamedTuple):
+    """Rows of a step as the sampler's part sees them.
 
     Attributes:
-      always: Tokens, their logprobs, captures.
-      on_demand: Leaves that are copied only when a row asked for them.
+      rows: They.
+      slots: Theirs, and some slot that there is where a row is not real.
+      values: The sampler's own columns.
+      leaders: For every row the row that leads its group.
     """
 
-    always: Int[Array, " n"]
-    on_demand: Int[Array, " n"]
-
-
-class _Group(NamedTuple):
-    """Rows of a step as the sampler's part sees them."""
-
     rows: Rows
-    params: Int[Array, "B W"]
+    slots: Int[Array, " B"]
+    values: Mapping[str, Array]
     leaders: Int[Array, " B"]
 
 
@@ -66,7 +63,7 @@ class _Window(NamedTuple):
     kv_cache: list[Array]
     token_counts: Int[Array, "S V"]
     sampler: SamplerState
-    out: dict[str, Array]
+    out: Results
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -162,7 +159,7 @@ class SamplerSteps:
         plan = batch.prefill_packing(forward.buckets, num_tokens).unpack(packed)
         state = forward.edit(state, plan)
         table = edit_table(self.layout, seats.table, plan, "seat_")
-        rows = read_rows(state.slots, plan["slot_ids"])
+        rows = read_rows(forward.layout, state.slots, plan["slot_ids"])
         hidden, last, cursor, state = forward.run_prefill(params, state, rows, plan)
         drawn_from = hidden.final[last]
         logits = forward.model.bind(params).logits(drawn_from, forward.ctx)
@@ -207,7 +204,7 @@ class SamplerSteps:
         plan = batch.decode_packing(forward.buckets, num_rows).unpack(packed)
         num_steps = plan["num_steps"][0]
         state = forward.edit(state, plan)
-        rows = read_rows(state.slots, plan["slot_ids"])
+        rows = read_rows(forward.layout, state.slots, plan["slot_ids"])
         group = self._group(rows, seats.table, plan["leaders"])
         model = forward.model.bind(params)
         layout = self.window_result(has_hidden=has_hidden)
@@ -232,12 +229,7 @@ class SamplerSteps:
             reported = _reported(drawn)
             if has_hidden:
                 reported[HIDDEN] = hidden.reported
-            out = {
-                name: jax.lax.dynamic_update_slice(
-                    w.out[name], value[:, None], (0, w.step, *(0,) * (value.ndim - 1))
-                )
-                for name, value in reported.items()
-            }
+            out = results.put(w.out, w.step, results.pack(reported, layout))
             return _Window(w.step + 1, cursor, kv_cache, counts, sampler, out)
 
         end = jax.lax.while_loop(
@@ -249,7 +241,7 @@ class SamplerSteps:
                 kv_cache=state.kv_cache,
                 token_counts=state.token_counts,
                 sampler=gather(seats.state, rows.slot_ids),
-                out=layout.empty(num_rows, forward.buckets.max_window_steps),
+                out=results.empty(layout, num_rows, forward.buckets.max_window_steps),
             ),
         )
         columns = {**end.cursor._asdict(), "num_counted": end.cursor.position}
@@ -259,7 +251,7 @@ class SamplerSteps:
             token_counts=end.token_counts,
         )
         seats = dataclasses.replace(seats, state=scatter(seats.state, rows.slot_ids, end.sampler))
-        return state, seats, _pack(end.out, layout)
+        return state, seats, end.out
 
     def window_result(self, *, has_hidden: bool) -> ResultLayout:
         """What a window reports of a token."""
@@ -297,7 +289,7 @@ class SamplerSteps:
           What was donated, and the results of one step; rows of other samplers have none.
         """
         plan = batch.draw_packing(logits.shape[0]).unpack(packed)
-        rows = read_rows(slots, plan["slot_ids"])
+        rows = read_rows(self.forward.layout, slots, plan["slot_ids"])
         cursor = self.forward.cursor(rows)
         cursor = cursor._replace(is_done=cursor.is_done | (plan["draws"] == 0))
         group = self._group(rows, seats.table, plan["leaders"])
@@ -321,7 +313,9 @@ class SamplerSteps:
     # -- parts of a step, traced into it
 
     def _group(self, rows: Rows, table: Int[Array, "S W"], leaders: Int[Array, " B"]) -> _Group:
-        return _Group(rows, read_rows(table, rows.slot_ids).cells, leaders)
+        num_slots = self.forward.buckets.num_slots
+        own = read_rows(self.layout, table, rows.slot_ids)
+        return _Group(rows, jnp.minimum(rows.slot_ids, num_slots - 1), own.columns, leaders)
 
     def _draw(
         self,
@@ -354,9 +348,9 @@ class SamplerSteps:
                 is_first = active & (cursor.num_generated == 0)
                 state = select_rows(is_first, init_state(self.sampler, ctx), state)
             wants = Wants(
-                token=forward.column(rows, "wants_logprobs").astype(bool),
-                lists=forward.column(rows, "wants_lists").astype(bool) if has_lists else None,
-                ids=forward.column(rows, "logprob_ids"),
+                token=rows.columns["wants_logprobs"].astype(bool),
+                lists=rows.columns["wants_lists"].astype(bool) if has_lists else None,
+                ids=rows.columns["logprob_ids"],
                 num_top=forward.num_top,
             )
             ctx = dataclasses.replace(ctx, history=state.history)
@@ -365,7 +359,7 @@ class SamplerSteps:
         is_finished = active & forward.is_finished(rows, drawn.token, num_generated)
         if feeds_last:
             is_failed = drawn.token < 0
-            is_finished &= is_failed | (forward.column(rows, "feeds_last") == 0)
+            is_finished &= is_failed | (rows.columns["feeds_last"] == 0)
         moved = Cursor(
             token=jnp.where(active, drawn.token, cursor.token),
             position=cursor.position + active,
@@ -390,29 +384,29 @@ class SamplerSteps:
         token_counts: Int[Array, "S V"],
         arrays: Any,
     ) -> SamplingContext:
-        column, rows = self.forward.column, group.rows
+        columns = group.rows.columns
         position = cursor.position + 1
-        values = {name: self.layout.read(group.params, name) for name in self.layout.columns}
+        values = dict(group.values)
         return SamplingContext(
             history=values.pop(HISTORY, None),
             values=values,
-            key=row_keys(column(rows, "seed_hi"), column(rows, "seed_lo"), position),
+            key=row_keys(columns["seed_hi"], columns["seed_lo"], position),
             position=position,
             num_generated=cursor.num_generated,
-            min_new_tokens=column(rows, "min_new_tokens"),
+            min_new_tokens=columns["min_new_tokens"],
             last_token=cursor.token,
-            prompt_len=column(rows, "prompt_len"),
+            prompt_len=columns["prompt_len"],
             active=~cursor.is_done,
-            stop_token_ids=column(rows, "stop_token_ids"),
-            slots=jnp.minimum(rows.slot_ids, self.forward.buckets.num_slots - 1),
+            stop_token_ids=columns["stop_token_ids"],
+            slots=group.slots,
             slot_counts=token_counts,
             hidden=hidden if self.sampler.needs.hidden else None,
             arrays=arrays,
         )
 
     def _one_step(self, drawn: Sample) -> Results:
-        reported = _reported(drawn)
-        return _pack({name: value[:, None] for name, value in reported.items()}, self.result)
+        packed = results.pack(_reported(drawn), self.result)
+        return jax.tree.map(lambda x: x[:, None], packed)
 
     def _abstract_rows(self, num_rows: int) -> tuple[Any, ...]:
         """Shapes of a step's rows, for `_try_out`."""
@@ -434,7 +428,7 @@ class SamplerSteps:
         self, slots: Array, table: Array, logits: Array, hidden: Array, counts: Array, arrays: Any
     ) -> tuple[Sample, SamplerState, SamplerState]:
         """One draw over all slots: its sample, the state it begins with and the one it leaves."""
-        rows = read_rows(slots, jnp.arange(len(slots)))
+        rows = read_rows(self.forward.layout, slots, jnp.arange(len(slots)))
         cursor = self.forward.cursor(rows)
         group = self._group(rows, table, jnp.arange(len(slots)))
         state = init_state(self.sampler, self._context(group, cursor, hidden, counts, arrays))
@@ -446,7 +440,3 @@ class SamplerSteps:
 
 def _reported(drawn: Sample) -> dict[str, Array]:
     return {results.TOKEN: drawn.token, **results.flatten(drawn.leaves)}
-
-
-def _pack(out: dict[str, Array], layout: ResultLayout) -> Results:
-    return Results(results.pack(out, layout.always), results.pack(out, layout.on_demand))

@@ -24,7 +24,7 @@ from jaxengine.runtime.state import (
     edit_table,
     read_rows,
 )
-from jaxengine.sampling.logprobs import Wants, listed_logprobs, token_logprob
+from jaxengine.sampling.logprobs import Wants, scores
 from jaxengine.scheduler.buckets import Buckets
 from jaxengine.types import MAX_LOGPROB_IDS, NULL_PAGE
 
@@ -118,7 +118,7 @@ class Forward:
         """
         plan = batch.prefill_packing(self.buckets, num_tokens).unpack(packed)
         state = self.edit(state, plan)
-        rows = read_rows(state.slots, plan["slot_ids"])
+        rows = read_rows(self.layout, state.slots, plan["slot_ids"])
         hidden, last, cursor, state = self.run_prefill(params, state, rows, plan, embeds)
         drawing = jnp.where(cursor.is_done, batch.DROPPED, rows.slot_ids)
         state = dataclasses.replace(
@@ -139,7 +139,7 @@ class Forward:
         """One step of every row: the new state, logits and hidden states; nothing is drawn."""
         plan = batch.decode_packing(self.buckets, num_rows).unpack(packed)
         state = self.edit(state, plan)
-        rows = read_rows(state.slots, plan["slot_ids"])
+        rows = read_rows(self.layout, state.slots, plan["slot_ids"])
         cursor = self.cursor(rows)
         hidden, kv_cache, counts = self.run_decode(
             params, state.kv_cache, state.token_counts, rows, cursor
@@ -182,11 +182,7 @@ class Forward:
             hidden, target, row = part
             logits = model.logits(hidden, self.ctx)
             all_rows = jnp.ones(target.shape, bool)
-            wants = Wants(all_rows, all_rows, ids[row], self.num_top)
-            return {
-                "logprob": token_logprob(logits, target),
-                **listed_logprobs(logits, wants),
-            }
+            return scores(logits, target, Wants(all_rows, all_rows, ids[row], self.num_top))
 
         size = min(SCORED_TOKENS, num_tokens)
         padded = -(-num_tokens // size) * size
@@ -209,17 +205,13 @@ class Forward:
         slots = edit_table(self.layout, state.slots, edits)
         return dataclasses.replace(state, slots=slots, token_counts=counts)
 
-    def column(self, rows: Rows, name: str) -> Array:
-        """One column of the rows."""
-        return self.layout.read(rows.cells, name)
-
     def cursor(self, rows: Rows) -> Cursor:
         """Where the rows stand; those that are not real are done."""
         return Cursor(
-            token=self.column(rows, "token"),
-            position=self.column(rows, "position"),
-            num_generated=self.column(rows, "num_generated"),
-            is_done=self.column(rows, "is_done").astype(bool) | ~rows.is_real,
+            token=rows.columns["token"],
+            position=rows.columns["position"],
+            num_generated=rows.columns["num_generated"],
+            is_done=rows.columns["is_done"].astype(bool) | ~rows.is_real,
         )
 
     def run_prefill(
@@ -242,7 +234,7 @@ class Forward:
         is_token = token < q_starts[-1]
         row = jnp.where(is_token, row, 0)
         position = jnp.where(is_token, kv_lens[row] - q_lens[row] + token - q_starts[row], 0)
-        page_table = self.column(rows, "page_table")
+        page_table = rows.columns["page_table"]
         page = page_table[row, position // self.buckets.page_size]
         meta = AttentionMetadata(
             page_table=page_table,
@@ -255,8 +247,8 @@ class Forward:
         hidden, kv_cache = self._run(params, token_ids, position, state.kv_cache, meta, embeds)
 
         # After a preemption outputs are fed again, but have been counted.
-        num_counted = self.column(rows, "num_counted")
-        uncounted = jnp.maximum(self.column(rows, "prompt_len"), num_counted)
+        num_counted = rows.columns["num_counted"]
+        uncounted = jnp.maximum(rows.columns["prompt_len"], num_counted)
         counts = count_tokens(
             state.token_counts,
             rows.slot_ids[row],
@@ -289,7 +281,7 @@ class Forward:
     ) -> tuple[Hidden, list[Any], Int[Array, "S V"]]:
         """Feeds every row's last token: hidden states, KV cache, token counts."""
         num_rows = cursor.token.shape[0]
-        page_table = self.column(rows, "page_table")
+        page_table = rows.columns["page_table"]
         active = ~cursor.is_done
         meta = AttentionMetadata(
             page_table=page_table,
@@ -299,7 +291,7 @@ class Forward:
             is_decode=True,
         )
         hidden, kv_cache = self._run(params, cursor.token, cursor.position, kv_cache, meta)
-        is_output = cursor.position >= self.column(rows, "prompt_len")
+        is_output = cursor.position >= rows.columns["prompt_len"]
         counts = count_tokens(counts, rows.slot_ids, cursor.token, active & is_output, unique=True)
         return hidden, kv_cache, counts
 
@@ -331,7 +323,7 @@ class Forward:
         self, rows: Rows, token: Int[Array, " B"], num_generated: Int[Array, " B"]
     ) -> Bool[Array, " B"]:
         """Whether a drawn token is a row's last."""
-        stops = (token[:, None] == self.column(rows, "stop_token_ids")).any(axis=-1)
-        stops &= self.column(rows, "ignore_eos") == 0
+        stops = (token[:, None] == rows.columns["stop_token_ids"]).any(axis=-1)
+        stops &= rows.columns["ignore_eos"] == 0
         is_failed = token < 0
-        return is_failed | stops | (num_generated >= self.column(rows, "max_new_tokens"))
+        return is_failed | stops | (num_generated >= rows.columns["max_new_tokens"])

@@ -1,8 +1,13 @@
-"""What the host reads of a step: one int32 array, and a second only when someone asked for it."""
+"""What the host reads of a step: one int32 array, and a second only when someone asked for it.
+
+In each the leaves of a token lie side by side: a step of a window writes two arrays, not one for
+each leaf.
+"""
 
 import copy
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +20,18 @@ ON_DEMAND = ("id_logprobs", "top_ids", "top_logprobs")
 TOKEN = "token"
 
 type Specs = Mapping[str, jax.ShapeDtypeStruct]
+
+
+class Results(NamedTuple):
+    """What the host may read of some rows and steps, as int32: [B, n], or [B, steps, n].
+
+    Attributes:
+      always: Tokens, their logprobs, captures.
+      on_demand: Leaves that are copied only when a row asked for them.
+    """
+
+    always: Int[Array, "*B n"]
+    on_demand: Int[Array, "*B m"]
 
 
 class ResultLayout:
@@ -43,14 +60,6 @@ class ResultLayout:
         specs = {**self.always, **self.on_demand}
         return tuple((name, spec.shape, str(spec.dtype)) for name, spec in specs.items())
 
-    def empty(self, num_rows: int, num_steps: int) -> dict[str, Array]:
-        """Room for a window."""
-        specs = {**self.always, **self.on_demand}
-        return {
-            name: jnp.full((num_rows, num_steps, *spec.shape), -(name == TOKEN), spec.dtype)
-            for name, spec in specs.items()
-        }
-
 
 def flatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Arrays, or shapes alone, by path: "aux" of a draw may be a nest of them."""
@@ -58,27 +67,51 @@ def flatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
 
 
-def pack(values: Mapping[str, Array], specs: Specs) -> Int[Array, " n"]:
-    """Leaves [B, steps, ...] as one int32 array: one copy."""
-    parts = []
-    for name in specs:
-        value = values[name]
-        if jnp.issubdtype(value.dtype, jnp.floating):
-            value = jax.lax.bitcast_convert_type(value.astype(jnp.float32), jnp.int32)
-        parts.append(value.astype(jnp.int32).reshape(-1))
-    return jnp.concatenate(parts)
+def pack(leaves: Mapping[str, Array], layout: ResultLayout) -> Results:
+    """Leaves [B, ...] side by side, as int32."""
+    return Results(_side_by_side(leaves, layout.always), _side_by_side(leaves, layout.on_demand))
 
 
-def unpack(packed: np.ndarray, specs: Specs, num_steps: int) -> dict[str, np.ndarray]:
-    """The leaves again, [rows, steps, ...]; floats as float32."""
-    sizes = [num_steps * int(np.prod(spec.shape)) for spec in specs.values()]
-    num_rows = len(packed) // sum(sizes)
+def empty(layout: ResultLayout, num_rows: int, num_steps: int) -> Results:
+    """Room for a window in which no row has drawn."""
+    specs = {**layout.always, **layout.on_demand}
+    nothing = {n: jnp.full((1, *s.shape), -(n == TOKEN), s.dtype) for n, s in specs.items()}
+    return jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (num_rows, num_steps, x.shape[-1])), pack(nothing, layout)
+    )
+
+
+def put(window: Results, step: Int[Array, ""], values: Results) -> Results:
+    """Sets one step of a window."""
+    return jax.tree.map(
+        lambda x, new: jax.lax.dynamic_update_slice(x, new[:, None], (0, step, 0)), window, values
+    )
+
+
+def unpack(packed: np.ndarray, specs: Specs) -> dict[str, np.ndarray]:
+    """The leaves again, [rows, steps, ...]; floats as float32.
+
+    Args:
+      packed: [rows, steps, n].
+      specs: Of the leaves, in their order.
+    """
     leaves, start = {}, 0
-    for (name, spec), size in zip(specs.items(), sizes, strict=True):
-        part = packed[start : start + num_rows * size].reshape(num_rows, num_steps, *spec.shape)
-        start += num_rows * size
-        if jnp.issubdtype(spec.dtype, jnp.floating):
-            leaves[name] = part.view(np.float32)
-        else:
-            leaves[name] = part.astype(spec.dtype)
+    for name, spec in specs.items():
+        size = math.prod(spec.shape)
+        part = packed[..., start : start + size]
+        start += size
+        dtype = np.float32 if jnp.issubdtype(spec.dtype, jnp.floating) else spec.dtype
+        part = part.view(dtype) if dtype == np.float32 else part.astype(dtype)
+        leaves[name] = part.reshape(*packed.shape[:2], *spec.shape)
     return leaves
+
+
+def _side_by_side(leaves: Mapping[str, Array], specs: Specs) -> Int[Array, "B n"]:
+    num_rows = leaves[TOKEN].shape[0]
+    parts = [jnp.zeros((num_rows, 0), jnp.int32)]
+    for name in specs:
+        leaf = leaves[name]
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            leaf = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.int32)
+        parts.append(leaf.astype(jnp.int32).reshape(num_rows, -1))
+    return jnp.concatenate(parts, axis=-1)

@@ -1,5 +1,6 @@
 """What lives on the device between steps; donated to a step and returned by it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,11 +50,18 @@ class Seats:
 
 
 class Rows(NamedTuple):
-    """The slots of a step, read once."""
+    """The slots of a step, read once.
+
+    Attributes:
+      slot_ids: Where they stand in the table.
+      is_real: Slot ids out of range are no real rows.
+      columns: By name, [B, ...]. Read here rather than where they are needed: within the loop of a
+        window every column would be a kernel in every step.
+    """
 
     slot_ids: Int[Array, " B"]
     is_real: Bool[Array, " B"]
-    cells: Int[Array, "B W"]
+    columns: Mapping[str, Array]
 
 
 class Cursor(NamedTuple):
@@ -76,12 +84,13 @@ def edit_table(
     return table.reshape(-1).at[cells].set(values, mode="drop").reshape(table.shape)
 
 
-def read_rows(table: Int[Array, "S W"], slot_ids: Int[Array, " B"]) -> Rows:
-    """Gathers rows; slot ids out of range are no real rows."""
+def read_rows(layout: TableLayout, table: Int[Array, "S W"], slot_ids: Int[Array, " B"]) -> Rows:
+    """Gathers rows."""
     cells = jnp.take(table, slot_ids, axis=0, mode="clip")
     # Without the barrier XLA reads the table again where it is written, and so copies it.
     cells = jax.lax.optimization_barrier(cells)
-    return Rows(slot_ids, slot_ids < table.shape[0], cells)
+    columns = {name: layout.read(cells, name) for name in layout.columns}
+    return Rows(slot_ids, slot_ids < table.shape[0], columns)
 
 
 def gather(state: Any, slot_ids: Int[Array, " B"]) -> Any:

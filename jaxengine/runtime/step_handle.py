@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from jaxengine.runtime import results
-from jaxengine.runtime.decode_loop import Results
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.scheduler.plan import PrefillPlan, StepPlan, StepResult
 from jaxengine.types import HIDDEN, WEIGHTS_ID
@@ -27,7 +26,7 @@ class Drawn:
     """
 
     sampler: LiveSampler
-    arrays: Results
+    arrays: results.Results
     layout: results.ResultLayout
     first_step: int
     num_steps: int
@@ -90,10 +89,10 @@ class StepHandle:
 
     def _unpack(self, part: Drawn) -> dict[str, np.ndarray]:
         layout = part.layout
-        leaves = results.unpack(np.asarray(part.arrays.always), layout.always, part.num_steps)
+        leaves = results.unpack(np.asarray(part.arrays.always), layout.always)
         if self._is_demanded:
             packed = np.asarray(part.arrays.on_demand)
-            leaves |= results.unpack(packed, layout.on_demand, part.num_steps)
+            leaves |= results.unpack(packed, layout.on_demand)
         return leaves
 
     def _merge(self, parts: list[tuple[Drawn, dict[str, np.ndarray]]]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def _gumbel_max(logits: Float[Array, "B V"], state: Any, ctx: SamplingContext) -
         noise = jax.vmap(lambda key: jax.random.gumbel(key, values.shape[-1:], jnp.float32))(keys)
         return jnp.argmax(jnp.where(is_greedy[:, None], greedy, values + noise), axis=-1)
 
-    sums = block_sums(logits)
+    sums = block_sums(logits, implementation="reference")
     block = most(sums.log, ctx.key, sums.max)
     tokens = jnp.take_along_axis(in_blocks(logits), block[:, None, None], axis=1)[:, 0]
     keys = jax.vmap(jax.random.fold_in, (0, None))(ctx.key, _IN_BLOCK_STREAM)

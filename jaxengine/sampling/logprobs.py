@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.top_k import top_k
-from pallas_kernels.vocab_blocks import BLOCK, block_sums, in_blocks, logsumexp
+from pallas_kernels.vocab_blocks import BLOCK, BlockSums, block_sums, in_blocks, logsumexp
 
 
 class Wants(NamedTuple):
@@ -27,6 +27,16 @@ class Wants(NamedTuple):
     ids: Int[Array, "B ids"]
     num_top: int
 
+    def any(self, active: Bool[Array, " B"]) -> Bool[Array, ""]:
+        """Whether an active row wants any."""
+        rows = self.token if self.lists is None else self.token | self.lists
+        return (rows & active).any()
+
+
+def at_token(x: Float[Array, "*B V"], token: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """x[token]."""
+    return jnp.take_along_axis(x, token[..., None], axis=-1, mode="clip")[..., 0]
+
 
 def token_logprob(logits: Float[Array, "*B V"], token: Int[Array, "*B"]) -> Float[Array, "*B"]:
     """log softmax(logits)[token]."""
@@ -37,11 +47,8 @@ def token_logprobs(
     token: Int[Array, "*B"], *logits: Float[Array, "*B V"]
 ) -> tuple[Float[Array, "*B"], ...]:
     """log softmax(x)[token] of each x in `logits`, from one pass over all of them."""
-
-    def chosen(x: Float[Array, "*B V"]) -> Float[Array, "*B"]:
-        return jnp.take_along_axis(x, token[..., None], axis=-1, mode="clip")[..., 0]
-
-    return tuple(chosen(x) - norm for x, norm in zip(logits, logsumexp(*logits), strict=True))
+    norms = logsumexp(*logits)
+    return tuple(at_token(x, token) - norm for x, norm in zip(logits, norms, strict=True))
 
 
 def no_token_logprobs(token: Int[Array, " B"]) -> dict[str, Array]:
@@ -50,13 +57,19 @@ def no_token_logprobs(token: Int[Array, " B"]) -> dict[str, Array]:
     return {"logprob": nothing, "raw_logprob": nothing, "processed_logprob": nothing}
 
 
-def listed_logprobs(logits: Float[Array, "B V"], wants: Wants) -> dict[str, Array]:
+def listed_logprobs(logits: Float[Array, "B V"], sums: BlockSums, wants: Wants) -> dict[str, Array]:
     """Logprobs of the `num_top` most likely tokens, in order, and of the given ids."""
-    sums = block_sums(logits)
     norm = sums.log_total[:, None]
     top, top_ids = largest(logits, wants.num_top, sums.max)
     at_ids = jnp.take_along_axis(logits, jnp.maximum(wants.ids, 0), axis=-1)
     return {"top_logprobs": top - norm, "top_ids": top_ids, "id_logprobs": at_ids - norm}
+
+
+def scores(logits: Float[Array, "B V"], token: Int[Array, " B"], wants: Wants) -> dict[str, Array]:
+    """Logprobs of given tokens and the listed ones, by the model's own measure."""
+    sums = block_sums(logits)
+    of_token = at_token(logits, token) - sums.log_total
+    return {"logprob": of_token, **listed_logprobs(logits, sums, wants)}
 
 
 def no_listed_logprobs(wants: Wants) -> dict[str, Array]:

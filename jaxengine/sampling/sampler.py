@@ -15,6 +15,7 @@ from jaxengine.sampling.contract import call, require_like, require_rows
 from jaxengine.sampling.draw import Draw, gumbel_max
 from jaxengine.sampling.logprobs import (
     Wants,
+    at_token,
     listed_logprobs,
     no_listed_logprobs,
     no_token_logprobs,
@@ -34,6 +35,7 @@ from jaxengine.sampling.transforms import (
     updated,
 )
 from jaxengine.types import Param
+from pallas_kernels.vocab_blocks import BlockSums, block_sums
 
 type Logits = Float[Array, "B V"]
 
@@ -205,8 +207,8 @@ def sample(
     inside = ctx.narrowed(sampler.needs.history, stage_arrays)
     outside = ctx.narrowed(sampler.draw.needs.history, draw_arrays)
     every = tuple(each_stage(sampler.stages, state.stages, inside))
-    filters = tuple(part for part in every if part[0].is_on is None or part[0].is_filter)
-    always = tuple(part for part in filters if part[0].is_on is None)
+    routes = _routes(every)
+    always = routes[-1].parts
 
     def draw(parts: Parts, logits: Logits) -> tuple[Sample, SamplerState]:
         processed = _apply(parts, logits)
@@ -214,7 +216,7 @@ def sample(
         return finish(parts, logits, processed, token, aux)
 
     def draw_greedily(logits: Logits) -> tuple[Sample, SamplerState]:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token = sums.argmax(logits)
         return finish(always, logits, _apply(always, logits), token, ())
 
     def finish(
@@ -238,25 +240,71 @@ def sample(
         )
         return Sample(token, leaves), after
 
-    # A step takes the shortest path that leaves out nothing a row has on. Branches return [B] and
+    # A step takes the shortest route that leaves out nothing a row has on. Branches return [B] and
     # state only: returning [B, V] through a branch would copy it.
-    choices, choice = [every], jnp.int32(0)
-    for shorter in (filters, always):
-        if len(shorter) < len(choices[-1]):
-            choice = jnp.where(_is_any_on(every, beside=shorter), choice, len(choices))
-            choices.append(shorter)
-    paths: list[Callable[..., Any]] = [functools.partial(draw, parts) for parts in choices]
+    choice = jnp.int32(0)
+    for i, shorter in enumerate(routes[1:], start=1):
+        choice = jnp.where(_is_any_on(every, beside=shorter.parts), choice, i)
+    paths: list[Callable[..., Any]] = [functools.partial(draw, route.parts) for route in routes]
     path = choice
     if sampler.draw.is_greedy and all(stage.keeps_order for stage, *_ in always):
         is_random = (~sampler.draw.is_greedy(outside) & ctx.active).any()
-        path = jnp.where((choice == len(choices) - 1) & ~is_random, len(paths), choice)
+        path = jnp.where((choice == len(routes) - 1) & ~is_random, len(paths), choice)
         paths.append(draw_greedily)
+    sums = _sums_if((path == len(routes)) | wants.any(ctx.active), logits)
     drawn, after = jax.lax.switch(path, paths, logits)
-    logprobs = _logprobs(wants, ctx, logits, choices, choice, drawn.token)
+    logprobs = _logprobs(wants, ctx, logits, sums, routes, choice, drawn.token)
     return drawn._replace(leaves={**logprobs, **drawn.leaves}), after
 
 
 type Parts = tuple[tuple[LogitsTransform, Any, SamplingContext], ...]
+
+
+class _Route(NamedTuple):
+    """What a step applies to the logits: SGLang's logprobs are those between the two.
+
+    Attributes:
+      unfiltered: Parts before the first filter of the chain.
+      rest: All others.
+    """
+
+    unfiltered: Parts
+    rest: Parts
+
+    @property
+    def parts(self) -> Parts:
+        """All parts, in order."""
+        return self.unfiltered + self.rest
+
+
+def _routes(every: Parts) -> list[_Route]:
+    """From all parts to the unconditional ones, each without one more kind that may be off."""
+    num_unfiltered = len([*itertools.takewhile(lambda part: not part[0].is_filter, every)])
+    kinds: tuple[Callable[[LogitsTransform], bool], ...] = (
+        lambda stage: True,
+        lambda stage: stage.is_on is None or stage.keeps_order or stage.is_filter,
+        lambda stage: stage.is_on is None or stage.keeps_order,
+        lambda stage: stage.is_on is None,
+    )
+    routes: list[_Route] = []
+    for is_kept in kinds:
+        unfiltered, rest = (
+            tuple(part for part in parts if is_kept(part[0]))
+            for parts in (every[:num_unfiltered], every[num_unfiltered:])
+        )
+        route = _Route(unfiltered, rest)
+        if not routes or len(route.parts) < len(routes[-1].parts):
+            routes.append(route)
+    return routes
+
+
+def _sums_if(is_needed: Bool[Array, ""], logits: Logits) -> BlockSums:
+    """What is left of the model's logits, by blocks; zeros where nobody needs it."""
+    sums = functools.partial(block_sums, logits)
+    nothing = jax.eval_shape(sums)
+    return jax.lax.cond(
+        is_needed, sums, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nothing)
+    )
 
 
 def _is_any_on(parts: Parts, beside: Parts) -> Bool[Array, ""]:
@@ -285,20 +333,12 @@ def _selected(
     return token.astype(jnp.int32), aux
 
 
-def _before_filters(parts: Parts) -> Parts:
-    return tuple(itertools.takewhile(lambda part: not part[0].is_filter, parts))
-
-
 def _checked(token: Int[Array, " B"], logits: Logits, processed: Logits) -> Int[Array, " B"]:
     """The token, or what stands for its absence."""
-
-    def at_token(x: Logits) -> Float[Array, " B"]:
-        return jnp.take_along_axis(x, token[:, None], axis=-1, mode="clip")[:, 0]
-
     is_in_vocab = (token >= 0) & (token < logits.shape[-1])
-    is_left = at_token(processed) > -jnp.inf
+    is_left = at_token(processed, token) > -jnp.inf
     # argmax takes NaN for the largest, so a NaN anywhere in the row is what was drawn.
-    is_nan = jnp.isnan(at_token(logits))
+    is_nan = jnp.isnan(at_token(logits, token))
     token = jnp.where(is_in_vocab & is_left, token, NO_TOKEN)
     return jnp.where(is_nan, NAN_TOKEN, token)
 
@@ -313,7 +353,8 @@ def _logprobs(
     wants: Wants,
     ctx: SamplingContext,
     logits: Logits,
-    choices: Sequence[Parts],
+    sums: BlockSums,
+    routes: Sequence[_Route],
     choice: Int[Array, ""],
     token: Int[Array, " B"],
 ) -> dict[str, Array]:
@@ -322,23 +363,28 @@ def _logprobs(
     SGLang's is after penalties, bias and temperature and before the filters. What the parts make of
     the logits is made anew: a branch that took it would have it kept when nobody asks.
     """
-    unfiltered = [_before_filters(parts) for parts in choices]
-    prefixes = {len(parts): parts for parts in unfiltered}  # of the same length: the same parts
-    place = jnp.asarray([list(prefixes).index(len(parts)) for parts in unfiltered])
+    unfiltered = {len(route.unfiltered): route.unfiltered for route in routes}
+    place = jnp.asarray([[*unfiltered].index(len(route.unfiltered)) for route in routes])
 
-    def of_token(before: Parts, parts: Parts) -> dict[str, Array]:
-        unfiltered = _apply(before, logits)
-        filters = parts[len(before) :]
-        filtered = (_apply(filters, unfiltered),) if filters else ()
-        raw, *others = token_logprobs(token, logits, unfiltered, *filtered)
+    def of_token(route: _Route) -> dict[str, Array]:
+        raw = at_token(logits, token) - sums.log_total
+        changed, x = [], logits
+        for parts in route:
+            if parts:
+                x = _apply(parts, x)
+                changed.append(x)
+        measures = [raw, *token_logprobs(token, *changed)]
         return {
-            "logprob": others[0],
+            "logprob": measures[1 if route.unfiltered else 0],
             "raw_logprob": raw,
-            "processed_logprob": others[-1],
+            "processed_logprob": measures[-1],
         }
 
-    def of_lists(before: Parts) -> dict[str, Array]:
-        return listed_logprobs(_apply(before, logits), wants)
+    def of_lists(parts: Parts) -> dict[str, Array]:
+        if not parts:
+            return listed_logprobs(logits, sums, wants)
+        x = _apply(parts, logits)
+        return listed_logprobs(x, block_sums(x, implementation="reference"), wants)
 
     def wanted(rows: Bool[Array, " B"] | None, index: Array, ways: list[Any], nothing: Any) -> Any:
         if rows is None:
@@ -346,10 +392,8 @@ def _logprobs(
         index = jnp.where((rows & ctx.active).any(), index, len(ways))
         return jax.lax.switch(index, [*ways, lambda: nothing])
 
-    by_token = [
-        functools.partial(of_token, *pair) for pair in zip(unfiltered, choices, strict=True)
-    ]
-    by_lists = [functools.partial(of_lists, parts) for parts in prefixes.values()]
+    by_token = [functools.partial(of_token, route) for route in routes]
+    by_lists = [functools.partial(of_lists, parts) for parts in unfiltered.values()]
     return {
         **wanted(wants.token, choice, by_token, no_token_logprobs(token)),
         **wanted(wants.lists, place[choice], by_lists, no_listed_logprobs(wants)),

@@ -384,7 +384,7 @@ def filter_threshold(
 
     rows, splits, ints, floats = (num_rows,), (num_rows, config.num_splits), jnp.int32, jnp.float32
     blocks, found = ((num_rows, num_blocks), ints), ((num_rows, config.max_found), floats)
-    sums = block_sums(logits)
+    sums = block_sums(logits, implementation="reference")
     low, high, ids, num_active = call(
         functools.partial(_guess_kernel, config=config),
         rows,

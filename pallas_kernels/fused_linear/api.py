@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.fused_linear import jax_triton, reference, triton, tuning
+from pallas_kernels.fused_linear.kernel_call import Glu
 
 IMPLEMENTATIONS = {
     "reference": reference.fused_linear,
@@ -24,7 +25,7 @@ def fused_linear(
     norm_weight: Float[Array, " K"] | None = None,
     eps: float = 0.0,
     bias: Float[Array, " W"] | None = None,
-    glu: triton.Glu | None = None,
+    glu: Glu | None = None,
     residual: Float[Array, "M N"] | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> Float[Array, "M N"]:
@@ -76,7 +77,7 @@ def _check(
     weight: jax.Array,
     norm_weight: jax.Array | None,
     bias: jax.Array | None,
-    glu: triton.Glu | None,
+    glu: Glu | None,
     residual: jax.Array | None,
 ) -> None:
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:

@@ -99,17 +99,34 @@ def _layer(name: str, rows: int, hidden: int, heads: int, ffn: int) -> tuple[Arg
     )
 
 
+def _tiled(rows: int) -> tuple[ArgSpec, ...]:
+    """The products of a layer of 0.5B that the tile kernel takes."""
+    return _layer("qwen2.5-0.5b", rows, 896, 1152, 4864)[:2]
+
+
 ARG_SPECS = (
     *_layer("qwen2.5-0.5b", 1, 896, 1152, 4864),
     *(spec for spec in _layer("qwen2.5-0.5b", 4, 896, 1152, 4864) if not spec.is_gated),
-    *_layer("qwen2.5-7b", 1, 3584, 4608, 18944),
+    *(spec for spec in _layer("qwen2.5-7b", 1, 3584, 4608, 18944) if not spec.is_gated),
+    *_tiled(64),
+    *_tiled(128),
+    *_tiled(256),
     *_layer("demo", 1, 128, 512, 352),
+    ArgSpec(
+        name="odd-m70",
+        num_rows=70,
+        depth=200,
+        num_columns=37,
+        has_norm=True,
+        has_bias=True,
+        has_residual=True,
+    ),
     ArgSpec(name="odd-m3", num_rows=3, depth=1100, num_columns=37, has_norm=True, has_bias=True),
     ArgSpec(name="plain-m2", num_rows=2, depth=72, num_columns=50),
     ArgSpec(
         name="all-m1",
         num_rows=1,
-        depth=2500,
+        depth=1000,
         num_columns=6,
         has_norm=True,
         has_bias=True,

@@ -31,14 +31,26 @@ def rows(device: Any, specs: Sequence[ArgSpec], is_sweep: bool = True) -> Iterat
             yield from _spec_rows(spec, device, is_sweep)
 
 
-def _sweep(spec: ArgSpec) -> Iterator[tuning.TuningConfig | None]:
+Config = tuning.RowConfig | tuning.TileConfig
+
+
+def _sweep(spec: ArgSpec) -> Iterator[Config | None]:
     """Tile choices to try; None is the plain product."""
     yield None
+    yield from _tiles() if spec.num_rows > tuning.MAX_ROWS else _rows(spec)
+
+
+def _tiles() -> Iterator[tuning.TileConfig]:
+    for block_n, block_k, num_stages in itertools.product((16, 32, 64), (64, 128), (3, 5)):
+        yield tuning.TileConfig(block_n=block_n, block_k=block_k, num_stages=num_stages)
+
+
+def _rows(spec: ArgSpec) -> Iterator[tuning.RowConfig]:
     for block_n, block_k, num_warps in itertools.product((2, 4, 8), (512, 1024, 2048), (2, 4, 8)):
         for num_loads in {-(-spec.depth // block_k), 3}:
             num_registers = (spec.num_rows + num_loads) * block_n * block_k // (32 * num_warps)
             if num_registers <= 192:
-                yield tuning.TuningConfig(
+                yield tuning.RowConfig(
                     block_n=block_n, block_k=block_k, num_loads=num_loads, num_warps=num_warps
                 )
 
@@ -50,7 +62,7 @@ def _spec_rows(spec: ArgSpec, device: Any, is_sweep: bool) -> Iterator[dict[str,
     # Different weights, so that a call finds nothing in the caches.
     calls = [(jnp.roll(weight, i, axis=0),) for i in range(num_weights)]
 
-    def op(x: Any, weight: Any, config: tuning.TuningConfig | None) -> Any:
+    def op(x: Any, weight: Any, config: Config | None) -> Any:
         implementation = reference if config is None else triton
         options = {} if config is None else dict(config=config)
         out = implementation.fused_linear(x, weight, **args, **spec.options, **options)

@@ -1,7 +1,7 @@
-"""The kernel of `triton` once more, in the Triton language, through jax-triton.
+"""The kernel of `rows` once more, in the Triton language, through jax-triton.
 
 For the day when JAX drops its Pallas Triton backend, and as the way to what Pallas cannot say. The
-arithmetic and the tiles are those of `triton`.
+arithmetic and the tiles are those of `rows`.
 """
 
 import functools
@@ -11,7 +11,8 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.fused_linear import triton
-from pallas_kernels.fused_linear.tuning import TuningConfig, find_config
+from pallas_kernels.fused_linear.kernel_call import Glu
+from pallas_kernels.fused_linear.tuning import RowConfig, find_config
 
 
 def fused_linear(
@@ -22,20 +23,20 @@ def fused_linear(
     residual: Float[Array, "M N"] | None = None,
     *,
     eps: float = 0.0,
-    glu: triton.Glu | None = None,
-    config: TuningConfig | None = None,
+    glu: Glu | None = None,
+    config: RowConfig | None = None,
 ) -> Float[Array, "M N"]:
     """Multiplies `x` by a weight, with what comes before and after; see `api.fused_linear`.
 
     Raises:
-      NotImplementedError: jax-triton is not installed, the gate is not `jax.nn.silu`, or a plain
-        product is faster.
+      NotImplementedError: jax-triton is not installed, the gate is not `jax.nn.silu`, or there
+        are more rows than the row kernel takes.
     """
     jax_triton, kernel = _load()
     if glu not in (None, jax.nn.silu):
         raise NotImplementedError(f"the gate of a gated unit is jax.nn.silu here, not {glu}")
     config = config or find_config(x, weight, is_gated=glu is not None)
-    if config is None:
+    if not isinstance(config, RowConfig):
         raise NotImplementedError(triton.why_not(x, weight))
     num_rows, depth = x.shape
     num_columns = weight.shape[0] // (1 if glu is None else 2)

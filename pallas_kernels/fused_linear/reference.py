@@ -37,12 +37,13 @@ def fused_linear(
     # float32 means float32: without this a GPU would multiply in tf32.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     contract_last = (((1,), (1,)), ((), ()))
+    # A product accumulates in float32 whatever it gives; one in float32 would be written as such
+    # and rounded by a kernel of its own.
     out = jax.lax.dot_general(
-        x, weight, contract_last, precision=precision, preferred_element_type=jnp.float32
+        x, weight, contract_last, precision=precision, preferred_element_type=x.dtype
     )
     if bias is not None:
-        out = out + bias.astype(jnp.float32)
-    out = out.astype(x.dtype)
+        out = out + bias
     if glu is not None:
         gate, up = jnp.split(out, 2, axis=-1)
         out = glu(gate) * up

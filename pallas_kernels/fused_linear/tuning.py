@@ -1,11 +1,23 @@
-"""Which tiles the kernel takes for which shapes, and where a plain product is faster.
+"""Which kernel takes which shapes with which tiles, and where a plain product is faster.
 
-Measured on one H200 (driver 580, jax 0.11.2), bfloat16, as the time of a layer in a chain of 24
-layers of the Qwen2.5-0.5B shape, each with weights of its own, one product changed at a time. At
-one row the layer takes 22 us with the kernel and 28.6 us with plain products, at four rows 31.8 and
-34.5, at eight 72 and 35. On the matrix units, in tiles of 16 rows and more, the kernel was nowhere
-more than 3 % faster than what XLA chooses, so it has no such path. Other shapes than that model's
-take theirs unmeasured: `python -m pallas_kernels.fused_linear.bench` measures them.
+Measured on one H200 (driver 580, jax 0.11.2), bfloat16, every call with weights of its own.
+
+One row of the Qwen2.5-0.5B shape, in a chain of 24 layers: 21.9 us a layer with the row kernel,
+27.2 with plain products. At four rows 31.8 and 34.5 (but for gate-up), at eight 72 and 35. Of the
+7B shape, gate-up takes 80.7 us with the row kernel and 72.9 with a plain product, the others are
+equal.
+
+Tens to hundreds of rows, microseconds of the tile kernel and of plain products, norm, bias and
+residual included:
+
+| | 16 rows | 64 | 128 | 256 | 512 |
+|---|---|---|---|---|---|
+| qkv, 896 -> 1152 | 6.0, 4.9 | 6.5, 8.1 | 6.4, 10.1 | 8.4, 11.4 | 10.1, 9.1 |
+| out, 896 -> 896 | 5.0, 6.2 | 5.2, 6.3 | 5.3, 6.6 | 6.0, 7.4 | 6.7, 7.2 |
+
+With wider and deeper weights it was slower than XLA everywhere (gate-up at 256 rows 20.1 and 14.0
+us, down 13.9 and 11.4). Other shapes than these take theirs unmeasured:
+`python -m pallas_kernels.fused_linear.bench` measures them.
 """
 
 import dataclasses
@@ -15,8 +27,8 @@ import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TuningConfig:
-    """Tile and launch parameters.
+class RowConfig:
+    """Tile and launch parameters of the kernel for very few rows.
 
     Attributes:
       block_n: Columns of the result that a program makes; a power of two.
@@ -31,23 +43,69 @@ class TuningConfig:
     num_warps: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TileConfig:
+    """Tile and launch parameters of the kernel on the matrix units.
+
+    Attributes:
+      block_m: Rows of a program's tile; a power of two, at least 16.
+      block_n: Columns of the tile; likewise.
+      block_k: Depth that is read at once; likewise.
+      num_warps: Warps per program.
+      num_stages: Depth of the software pipeline; one tile fewer is in flight.
+    """
+
+    block_m: int = 64
+    block_n: int
+    block_k: int = 128
+    num_warps: int = 4
+    num_stages: int
+
+
 MAX_ROWS = 4
 """Row by row the arithmetic grows with the rows; from here on it takes longer than reading."""
 
-SHALLOW = TuningConfig(block_n=4, block_k=1024, num_loads=1, num_warps=4)
-SHALLOW_GATED = TuningConfig(block_n=2, block_k=512, num_loads=2, num_warps=2)
-MIDDLE = TuningConfig(block_n=4, block_k=512, num_loads=7, num_warps=4)
-MIDDLE_GATED = TuningConfig(block_n=2, block_k=512, num_loads=7, num_warps=4)
-DEEP = TuningConfig(block_n=4, block_k=2048, num_loads=3, num_warps=8)
+TILED_ROWS = range(32, 257)
+MAX_TILED_WEIGHT = 1 << 21
+"""Entries of a weight from which XLA's products are faster."""
+
+SHALLOW = RowConfig(block_n=4, block_k=1024, num_loads=1, num_warps=4)
+SHALLOW_GATED = RowConfig(block_n=2, block_k=512, num_loads=2, num_warps=2)
+MIDDLE = RowConfig(block_n=4, block_k=512, num_loads=2, num_warps=2)
+DEEP = RowConfig(block_n=4, block_k=2048, num_loads=3, num_warps=8)
+DEEPEST = RowConfig(block_n=4, block_k=256, num_loads=7, num_warps=4)
+
+WIDE_TILES = TileConfig(block_n=64, num_stages=3)
+TILES = TileConfig(block_n=32, num_stages=5)
+NARROW_TILES = TileConfig(block_n=16, num_stages=5)
 
 
-def find_config(x: jax.Array, weight: jax.Array, *, is_gated: bool) -> TuningConfig | None:
-    """Tiles for these shapes; None where a plain product and its neighbours are faster."""
+def find_config(
+    x: jax.Array, weight: jax.Array, *, is_gated: bool
+) -> RowConfig | TileConfig | None:
+    """The kernel for these shapes; None where a plain product and its neighbours are faster."""
     num_rows, depth = x.shape
-    if x.dtype == jnp.float32 or num_rows > (1 if is_gated else MAX_ROWS):
+    if x.dtype == jnp.float32:
         return None
-    if depth > 4096:
-        return DEEP
-    if depth > 1024:
-        return MIDDLE_GATED if is_gated else MIDDLE
-    return SHALLOW_GATED if is_gated else SHALLOW
+    if num_rows <= (1 if is_gated else MAX_ROWS):
+        return _row_config(depth, is_gated=is_gated)
+    is_tiled = num_rows in TILED_ROWS and weight.size <= MAX_TILED_WEIGHT and not is_gated
+    return _tile_config(num_rows, weight.shape[0]) if is_tiled else None
+
+
+def _row_config(depth: int, *, is_gated: bool) -> RowConfig | None:
+    if depth <= 1024:
+        return SHALLOW_GATED if is_gated else SHALLOW
+    if is_gated:
+        return None
+    return MIDDLE if depth <= 4096 else DEEP if depth <= 8192 else DEEPEST
+
+
+def _tile_config(num_rows: int, num_columns: int) -> TileConfig:
+    """The widest tiles that give the GPU enough programs."""
+
+    def num_programs(config: TileConfig) -> int:
+        return -(-num_rows // config.block_m) * -(-num_columns // config.block_n)
+
+    fits = (config for config in (WIDE_TILES, TILES) if num_programs(config) >= 64)
+    return next(fits, NARROW_TILES)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxengine
+from tests.conftest import compiled
 from tests.engine import tiny
 
 SETTINGS = {
@@ -35,8 +36,7 @@ def step_settings(settings: dict[str, Any]) -> dict[str, Any]:
 def step_engine(step_settings: dict[str, Any], tokenizer: Any) -> Iterator[jaxengine.Engine]:
     """The tiny model with the host looking at every token."""
     model = tiny.engine_arguments()
-    with jaxengine.Engine(**model, tokenizer=tokenizer, **step_settings) as engine:
-        engine.wait_until_compiled()
+    with compiled(**model, tokenizer=tokenizer, **step_settings) as engine:
         yield engine
         assert_idle(engine)
 

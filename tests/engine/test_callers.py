@@ -26,7 +26,7 @@ def stopping(engine: Any) -> Iterator[None]:
     yield
     gc.collect()
     assert_idle(engine)
-    assert engine._submitter._rids == {}
+    assert len(engine._submitter.in_flight) == 0
     room = engine.config.max_total_tokens - len(PROMPT)
     assert engine.stats()["num_generated_tokens"] - generated < len(MANY) * room / 2
     tiny.assert_greedy(PROMPT, sync_ids(engine))

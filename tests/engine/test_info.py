@@ -44,6 +44,8 @@ def test_info_has_sglangs_words(engine: Any):
     model = engine.get_model_info()
     assert model["is_generation"] and model["weight_version"] == "default"
     assert model["hidden_size"] == 32
+    shown = "<Engine of arrays in memory: Qwen2ForCausalLM, float32, 256 tokens of context>"
+    assert repr(engine) == shown
 
 
 def test_a_profile_names_its_steps(engine: Any, tmp_path: Path):

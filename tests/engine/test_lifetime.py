@@ -13,6 +13,7 @@ import pytest
 from jaxengine import Engine
 from jaxengine.errors import ConfigError, EngineDeadError
 from jaxengine.runtime.executables import ExecutableCache, ProgramSpec
+from jaxengine.runtime.program_factory import ProgramFactory
 from tests.engine import tiny
 from tests.engine.conftest import wait_for
 
@@ -110,7 +111,7 @@ def test_shutdown_while_programs_compile_fails_those_who_wait_for_them(
     make_engine: Any, monkeypatch: pytest.MonkeyPatch
 ):
     is_asked, is_released = threading.Event(), threading.Event()
-    load = ExecutableCache.load
+    load, first = ExecutableCache.load, ProgramFactory.first
 
     def load_slowly(self: ExecutableCache, spec: ProgramSpec) -> Any:
         if spec.name == "decode_b4":
@@ -119,6 +120,8 @@ def test_shutdown_while_programs_compile_fails_those_who_wait_for_them(
         return load(self, spec)
 
     monkeypatch.setattr(ExecutableCache, "load", load_slowly)
+    # There is a single size of windows here, and the start would wait for it.
+    monkeypatch.setattr(ProgramFactory, "first", lambda self: first(self)[:1])
     engine = make_engine()
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(engine.generate, input_ids=PROMPT * 20, sampling_params=LONG)

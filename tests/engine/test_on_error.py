@@ -93,7 +93,7 @@ class FailingTokenizer:
 def test_text_the_tokenizer_fails_on_fails_alone(
     engine: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(engine._submitter, "_tokenizer", FailingTokenizer(tokenizer))
+    monkeypatch.setattr(engine._submitter._factory, "_tokenizer", FailingTokenizer(tokenizer))
     params = {"max_new_tokens": 3, "temperature": 0}
     outputs = engine.generate(["the", "bad", "a"], params, on_error="return")
     assert_failed(outputs[1], "ZeroDivisionError", "the tokenizer stumbled")

@@ -22,14 +22,17 @@ CELLS = dict(
 )
 
 
-def cells_for(settings: dict[str, Any]) -> list[str]:
+@pytest.fixture
+def cells(settings: dict[str, Any], checkpoint: Path, engine: Any) -> list[str]:
     """All cells; the four that generate are as they were."""
+    del engine  # it has filled the executable cache
     launch = CELLS["1"]
+    arguments = f"model_path={str(checkpoint)!r}, **{settings}"
     for old, new in (
         ("import sglang as sgl", "import jaxengine as sgl"),
         ("import sglang.test.doc_patch  # noqa: F401\n", ""),
         ("from sglang.utils import", "from jaxengine.utils import"),
-        ('model_path="qwen/qwen2.5-0.5b-instruct"', f"model_path=sgl.DEMO_MODEL, **{settings}"),
+        ('model_path="qwen/qwen2.5-0.5b-instruct"', arguments),
     ):
         assert launch.count(old) == 1
         launch = launch.replace(old, new)
@@ -49,9 +52,8 @@ def assert_four_modes_ran(printed: str) -> None:
     assert sum(bool(text.strip()) for text in texts) > 6
 
 
-def test_cells_run_as_a_script(demo_settings: dict[str, Any], demo: Any):
-    del demo  # it has filled the executable cache
-    done = run_script("\n\n".join(cells_for(demo_settings)))
+def test_cells_run_as_a_script(cells: list[str]):
+    done = run_script("\n\n".join(cells))
     assert_success(done)
     assert_four_modes_ran(done.stdout)
 
@@ -65,10 +67,9 @@ def run_cells(cells: list[str]) -> str:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_cells_run_in_a_kernel_with_nest_asyncio(demo_settings: dict[str, Any], demo: Any):
-    del demo
+def test_cells_run_in_a_kernel_with_nest_asyncio(cells: list[str]):
     apply = "import nest_asyncio\n\nnest_asyncio.apply()"
-    assert_four_modes_ran(run_cells([apply, *cells_for(demo_settings)]))
+    assert_four_modes_ran(run_cells([apply, *cells]))
 
 
 AWAITING_CELLS = [
@@ -96,7 +97,6 @@ print(len(whole) > 20, len(streamed) > 1, len(texts), len(set(texts)))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_cells_of_a_kernel_need_no_nest_asyncio(demo_settings: dict[str, Any], demo: Any):
-    del demo
-    launch, *_, shutdown = cells_for(demo_settings)
+def test_cells_of_a_kernel_need_no_nest_asyncio(cells: list[str]):
+    launch, *_, shutdown = cells
     assert run_cells([launch, *AWAITING_CELLS, shutdown]) == "True True 8 1\n"

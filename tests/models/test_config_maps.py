@@ -63,7 +63,9 @@ def test_head_size_is_the_configs_own():
     ],
 )
 def test_sliding_window_limits_the_context(architecture: str, values: dict, longest: int):
-    assert parse(architecture, **values).max_position_embeddings == longest
+    config = parse(architecture, **values)
+    assert config.max_position_embeddings == longest
+    assert longest == min(config.sliding_window or 40960, 40960)
 
 
 @pytest.mark.parametrize(

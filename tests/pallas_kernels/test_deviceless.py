@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import vocab_blocks
 from pallas_kernels.filter_threshold import arg_specs as filter_specs
 from pallas_kernels.filter_threshold.api import filter_threshold
 from pallas_kernels.fused_linear import arg_specs as linear_specs
@@ -18,6 +17,9 @@ from pallas_kernels.ragged_prefill_attention import arg_specs as prefill_specs
 from pallas_kernels.ragged_prefill_attention.api import ragged_prefill_attention
 from pallas_kernels.top_k import arg_specs as top_k_specs
 from pallas_kernels.top_k.api import top_k
+from pallas_kernels.vocab_blocks import arg_specs as block_specs
+from pallas_kernels.vocab_blocks import reference as blocks_by_xla
+from pallas_kernels.vocab_blocks.api import block_sums
 from tests import deviceless
 
 pytestmark = pytest.mark.deviceless
@@ -37,6 +39,7 @@ QUICK = (
     "multi-query-b2",
     "qwen2.5-0.5b-gate-up-m1",
     "qwen2.5-0.5b-down-m4",
+    "qwen2.5-0.5b-out-m256",
     "qwen2.5-0.5b-8x1024",
     "qwen2.5-7b-4x1024",
     "small-heads",
@@ -154,17 +157,21 @@ def test_kernels_of_equal_layers_are_traced_and_compiled_once():
 
 @pytest.mark.parametrize("target", ["h200", "a100"])
 def test_kernels_of_the_sampler_compile(target: str):
-    """Of the filters' threshold and of the largest entries: the shapes of a batch of 256."""
+    """Of the filters' threshold, the largest entries, the block sums: shapes of a batch of 256."""
     (filters,) = (spec for spec in filter_specs.ARG_SPECS if spec.name == "flat-top-p-b256")
     (tops,) = (spec for spec in top_k_specs.ARG_SPECS if spec.name == "block-maxima-b256")
 
-    def both(tops: jax.Array, *args: jax.Array) -> Any:
-        largest = top_k(tops, count=20, implementation="triton")
-        return largest, filter_threshold(*args, implementation="triton")
+    (logits,) = (spec for spec in block_specs.ARG_SPECS if spec.name == "qwen-b256")
 
-    args = (deviceless.arg(x.shape, x.dtype, target) for x in (tops.shape(), *filters.shapes()))
-    compiled = deviceless.compile_for(target, both, *args)
-    assert str(compiled.as_text()).count(TRITON_CALL) == 1 + 3
+    def all_of_them(tops: jax.Array, logits: jax.Array, *args: jax.Array) -> Any:
+        largest = top_k(tops, count=20, implementation="triton")
+        sums = block_sums(logits, implementation="triton")
+        return largest, sums, filter_threshold(*args, implementation="triton")
+
+    shapes = (tops.shape(), logits.shape(), *filters.shapes())
+    args = (deviceless.arg(x.shape, x.dtype, target) for x in shapes)
+    compiled = deviceless.compile_for(target, all_of_them, *args)
+    assert str(compiled.as_text()).count(TRITON_CALL) == 2 + 3
     assert not deviceless.large_copies(compiled)
 
 
@@ -173,7 +180,7 @@ def test_a_reduction_that_nobody_reads_does_no_harm():
 
     def loop(x: jax.Array) -> jax.Array:
         def step(_: Any, x: jax.Array) -> jax.Array:
-            vocab_blocks._online((x,), axis=1, num_strands=4)
+            blocks_by_xla._online((x,), axis=1, num_strands=4)
             return x + 1
 
         return jax.lax.fori_loop(0, 3, step, x)

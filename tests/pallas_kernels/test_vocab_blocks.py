@@ -1,54 +1,97 @@
-"""Reductions over the vocabulary, both ways of computing them, against float64."""
+"""Reductions over the vocabulary, every way of computing them, against float64."""
+
+import functools
+import inspect
+import secrets
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import vocab_blocks
+from pallas_kernels.vocab_blocks import BLOCK, LOWEST, BlockSums, reference
+from pallas_kernels.vocab_blocks.arg_specs import ARG_SPECS, ArgSpec
 
-WIDTH = 1000  # not a multiple of a block
+type Op = Callable[..., BlockSums]
+
+SMALL = [spec for spec in ARG_SPECS if spec.is_small]
+(ODD,) = [spec for spec in ARG_SPECS if spec.is_odd]
 
 
-@pytest.fixture(params=[False, True], ids=["passes", "one-pass"], autouse=True)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(vocab_blocks, "_is_one_pass", lambda: request.param)
+@pytest.fixture
+def seed() -> int:
+    """A new one in every run; pytest prints it with a failure."""
+    return secrets.randbelow(1 << 30)
 
 
-def rows() -> np.ndarray:
-    x = (5 * np.random.default_rng(0).standard_normal((6, WIDTH))).astype(np.float32)
-    x[1] += 3000
-    x[2] -= 3000
-    x[3, 40:] = -np.inf  # whole blocks
-    x[4, 1:] = -np.inf
-    return x
+@pytest.fixture(params=[False, True], ids=["passes", "one-pass"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_is_one_pass", lambda: request.param)
+
+
+@pytest.fixture(params=["passes", "one-pass", "triton_interpret"])
+def op(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Op:
+    is_kernel = request.param == "triton_interpret"
+    monkeypatch.setattr(reference, "_is_one_pass", lambda: request.param == "one-pass")
+    implementation = request.param if is_kernel else "reference"
+    return functools.partial(vocab_blocks.block_sums, implementation=implementation)
 
 
 def log_sum_exp(x: np.ndarray) -> np.ndarray:
-    top = np.maximum(x.max(axis=-1), vocab_blocks.LOWEST).astype(np.float64)
+    top = np.maximum(x.max(axis=-1), LOWEST).astype(np.float64)
     with np.errstate(divide="ignore"):
         return top + np.log(np.exp(x.astype(np.float64) - top[..., None]).sum(axis=-1))
 
 
-def test_blocks_hold_maximum_and_sum():
-    x = rows()
-    sums = vocab_blocks.block_sums(jnp.asarray(x))
-    blocks = np.pad(x, ((0, 0), (0, 24)), constant_values=-np.inf).reshape(6, 8, 128)
-    np.testing.assert_array_equal(sums.max, np.maximum(blocks.max(-1), vocab_blocks.LOWEST))
+def check(op: Op, spec: ArgSpec, seed: int) -> None:
+    x = np.asarray(spec.array(seed))
+    sums = op(jnp.asarray(x))
+    missing = -x.shape[1] % BLOCK
+    blocks = np.pad(x, ((0, 0), (0, missing)), constant_values=-np.inf)
+    blocks = blocks.reshape(len(x), -1, BLOCK)
+    np.testing.assert_array_equal(sums.max, np.maximum(blocks.max(-1), LOWEST))
     np.testing.assert_allclose(sums.log, log_sum_exp(blocks), rtol=1e-6, atol=1e-5)
     np.testing.assert_allclose(sums.log_total, log_sum_exp(x), rtol=1e-6, atol=1e-5)
+    np.testing.assert_array_equal(sums.argmax(jnp.asarray(x)), x.argmax(axis=-1))
 
 
-def test_several_arrays_are_reduced_together():
-    x = rows()
+@pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.name)
+def test_blocks_hold_maximum_and_sum(op: Op, spec: ArgSpec, seed: int):
+    check(op, spec, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda spec: spec.name)
+def test_the_kernel_holds_maximum_and_sum(spec: ArgSpec, seed: int):
+    check(functools.partial(vocab_blocks.block_sums, implementation="triton"), spec, seed)
+
+
+def test_nan_stays_in_its_block_and_is_the_largest(op: Op, seed: int):
+    x = np.asarray(ODD.array(seed)).copy()
+    x[0, 200] = x[0, 201] = x[5, -1] = np.nan
+    sums = op(jnp.asarray(x))
+    is_nan = np.isnan(np.asarray(sums.log))
+    assert np.argwhere(is_nan).tolist() == [[0, 1], [5, is_nan.shape[1] - 1]]
+    np.testing.assert_array_equal(np.isnan(sums.max), is_nan)
+    np.testing.assert_array_equal(sums.argmax(jnp.asarray(x)), x.argmax(axis=-1))
+
+
+def test_several_arrays_are_reduced_together(way: None, seed: int):
+    x = np.asarray(ODD.array(seed))
     got = vocab_blocks.logsumexp(jnp.asarray(x), jnp.asarray(x / 2), jnp.asarray(x[::-1]))
     for one, array in zip(got, (x, x / 2, x[::-1]), strict=True):
         np.testing.assert_allclose(one, log_sum_exp(array), rtol=1e-6, atol=1e-5)
 
 
-def test_nan_stays_in_its_block():
-    x = rows()
+def test_nan_is_a_rows_sum(way: None, seed: int):
+    x = np.asarray(ODD.array(seed)).copy()
     x[0, 200] = np.nan
-    sums = vocab_blocks.block_sums(jnp.asarray(x))
-    assert np.isnan(sums.max[0, 1]) and np.isnan(sums.log[0, 1])
-    assert not np.isnan(np.delete(np.asarray(sums.log), 1, axis=1)).any()
-    assert np.isnan(vocab_blocks.logsumexp(jnp.asarray(x))[0]).tolist() == [True] + 5 * [False]
+    assert np.isnan(vocab_blocks.logsumexp(jnp.asarray(x))[0]).tolist() == [True] + 6 * [False]
+
+
+def test_what_is_no_batch_of_logits_is_refused():
+    # Without the shape checks that the tests put on every function.
+    op = inspect.unwrap(vocab_blocks.block_sums)
+    with pytest.raises(ValueError, match="`x` must be float32"):
+        op(jnp.zeros((2, 8), jnp.int32))

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import ray.data
 
 import jaxengine
 from jaxengine.serve import batch
@@ -52,11 +53,11 @@ def test_a_stage_gives_what_a_batch_job_gives(demo: Any, demo_settings: Any, tmp
     assert without_lines(rows) == without_lines(results_alone(demo, tmp_path))
 
 
-@pytest.mark.nightly  # Ray is not among the packages of the other tests
 @pytest.mark.filterwarnings("ignore")
 def test_an_engine_fits_the_stage_that_ray_has_for_sglang(demo: Any, demo_settings: Any):
     install_as_sglang()
     try:
+        # A private module of Ray's, which may move.
         stages = pytest.importorskip("ray.llm._internal.batch.stages.sglang_engine_stage")
         wrapper = stages.SGLangEngineWrapper("place", model=jaxengine.DEMO_MODEL, **demo_settings)
     finally:
@@ -87,16 +88,17 @@ class Mortal(Generate):
             yield result
 
 
-@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.timeout(300)
 def test_an_actor_that_is_killed_loses_no_row(
     demo: Any, demo_settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    ray = pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    # Ray starts as many idle processes as it has CPUs, and they take as long as the engines.
+    ray.init(num_cpus=2, object_store_memory=100 << 20, **quiet)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         settings = {

@@ -106,9 +106,12 @@ def temperature() -> LogitsTransform:
     def apply(logits: Logits, state: State, ctx: SamplingContext) -> Logits:
         return logits / jnp.where(ctx.temperature == 0, 1.0, ctx.temperature)[:, None]
 
+    def is_on(ctx: SamplingContext) -> Bool[Array, " B"]:
+        return (ctx.temperature != 0) & (ctx.temperature != 1) & ctx.active
+
     check = number_in(0.0, LARGEST, "must be a non-negative finite number")
     params = {"temperature": Param("float32", 1.0, check)}
-    return LogitsTransform(apply, params=params, keeps_order=True)
+    return LogitsTransform(apply, params=params, is_on=is_on, keeps_order=True)
 
 
 def top_k_top_p_min_p() -> LogitsTransform:

@@ -83,10 +83,7 @@ def check_request(params: Any, input_ids: Any, model: ModelConfig) -> None:
 
     try:
         parse_call(
-            None,
-            params,
-            input_ids,
-            others={},
+            {"sampling_params": params, "input_ids": input_ids},
             specs=default_sampler().params,
             vocab_size=model.vocab_size,
             hidden_size=model.hidden_size,

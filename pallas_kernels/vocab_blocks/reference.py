@@ -1,57 +1,19 @@
-"""Reductions over a vocabulary in one pass over memory, by blocks of consecutive tokens.
+"""Reductions over a vocabulary by XLA: one pass over memory on a GPU, plain sums elsewhere.
 
-Plain XLA on every device, so that what computes the logits is fused into the pass.
+What computes the logits is fused into the pass.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-BLOCK = 128
-"""Tokens of a block."""
-
-LOWEST = float(np.finfo(np.float32).min)
-"""Stands for the maximum of a block that has no tokens left."""
-
-
-class BlockSums(NamedTuple):
-    """What is left of each block.
-
-    Attributes:
-      max: The largest logit, at least `LOWEST`; NaN if there is one.
-      sum: Of exp(logit - max).
-    """
-
-    max: Float[Array, "B blocks"]
-    sum: Float[Array, "B blocks"]
-
-    @property
-    def log(self) -> Float[Array, "B blocks"]:
-        """The logarithm of each block's sum of exp(logit)."""
-        return self.max + jnp.log(self.sum)
-
-    @property
-    def log_total(self) -> Float[Array, " B"]:
-        """The logarithm of each row's sum of exp(logit)."""
-        return jax.nn.logsumexp(self.max, b=self.sum, axis=-1)
-
-
-def in_blocks(x: Float[Array, "B V"]) -> Float[Array, "B blocks width"]:
-    """The tokens by blocks; the last one is filled up with -inf."""
-    num_rows, width = x.shape
-    num_blocks = -(-width // BLOCK)
-    if width % BLOCK:
-        missing = num_blocks * BLOCK - width
-        x = jnp.pad(x, ((0, 0), (0, missing)), constant_values=-jnp.inf)
-    return x.reshape(num_rows, num_blocks, BLOCK)
+from pallas_kernels.vocab_blocks.blocks import LOWEST, BlockSums, in_blocks
 
 
 def block_sums(x: Float[Array, "B V"]) -> BlockSums:
-    """Maximum and sum of exponentials of every block, for a stable softmax."""
+    """Maximum and sum of exponentials of every block; see `api.block_sums`."""
     top, total = _sums(in_blocks(x), 2)
     # XLA's maximum on a CPU loses NaN; the sum does not.
     return BlockSums(jnp.where(jnp.isnan(total), jnp.nan, top), total)
@@ -72,7 +34,7 @@ def _sums(x: Array, axis: int) -> tuple[Array, Array]:
 
 
 def _row_sums(arrays: tuple[Array, ...]) -> list[tuple[Array, Array]]:
-    if not _is_one_pass():
+    if not arrays or not _is_one_pass():
         return [_sums(x, x.ndim - 1) for x in arrays]
     return _online(arrays, arrays[0].ndim - 1, num_strands=4)
 

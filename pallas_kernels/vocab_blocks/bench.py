@@ -1,0 +1,86 @@
+"""Times the block sums: `python -m pallas_kernels.vocab_blocks.bench [spec ...]`.
+
+Prints one JSON line per spec and tile choice, the default choice first. Every row was compared
+with the reference in the same run.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from pallas_kernels.timing import time_configs
+from pallas_kernels.vocab_blocks import reference, triton
+from pallas_kernels.vocab_blocks.arg_specs import ARG_SPECS, ArgSpec
+from pallas_kernels.vocab_blocks.blocks import BlockSums
+
+_CALLS = 64
+SPECS = tuple(spec for spec in ARG_SPECS if not spec.is_odd)  # all finite
+SWEEP = [
+    triton.TuningConfig(tile_blocks=blocks, num_warps=warps)
+    for blocks, warps in ((8, 2), (8, 4), (16, 4), (16, 8), (32, 4), (32, 8), (64, 8))
+]
+"""Launch parameters to try."""
+
+
+def rows(
+    device: Any, specs: Sequence[ArgSpec] = SPECS, is_sweep: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Yields one row per spec and choice."""
+    with jax.default_device(device):
+        for spec in specs:
+            yield from _spec_rows(spec, device, SWEEP if is_sweep else [])
+
+
+def _spec_rows(
+    spec: ArgSpec, device: Any, sweep: Sequence[triton.TuningConfig]
+) -> Iterator[dict[str, Any]]:
+    def op(x: jax.Array, *, config: triton.TuningConfig) -> jax.Array:
+        return _with_result(x, triton.block_sums(x, config=config))
+
+    x = spec.array(0)
+    default = triton.TuningConfig()
+    for timing in time_configs(
+        op,
+        [default, *(config for config in sweep if config != default)],
+        x,
+        (),
+        [()] * 8,
+        num_rounds=_CALLS // 8,
+        want=_with_result(x, reference.block_sums(x)),
+    ):
+        yield {
+            "op": "block_sums",
+            "spec": spec.name,
+            "is_default": timing.config == default,
+            "us": round(timing.seconds * 1e6, 2),
+            "gb_per_s": round(4 * x.size / timing.seconds / 1e9, 1),
+            "is_correct": timing.error < 1e-5,
+            "failure": timing.failure,
+            "config": dataclasses.asdict(timing.config),
+            "device": device.device_kind,
+            "jax": jax.__version__,
+        }
+
+
+def _with_result(x: jax.Array, sums: BlockSums) -> jax.Array:
+    """The argument, changed by what came out, so that the next call has to wait for it."""
+    return x.at[:, 0].set(sums.log.mean(axis=-1))
+
+
+def main() -> None:
+    """Prints the rows of the named specs, all by default."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("specs", nargs="*", help="names from arg_specs; all by default")
+    parser.add_argument("--defaults-only", action="store_true", help="no other choices")
+    args = parser.parse_args()
+    specs = [spec for spec in SPECS if not args.specs or spec.name in args.specs]
+    for row in rows(jax.devices("gpu")[0], specs, is_sweep=not args.defaults_only):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Blocks of a vocabulary, and what is left of them: all that a step needs of most tokens."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+BLOCK = 128
+"""Tokens of a block."""
+
+LOWEST = float(np.finfo(np.float32).min)
+"""Stands for the maximum of a block that has no tokens left."""
+
+
+class BlockSums(NamedTuple):
+    """What is left of each block.
+
+    Attributes:
+      max: The largest logit, at least `LOWEST`; NaN if there is one.
+      sum: Of exp(logit - max).
+    """
+
+    max: Float[Array, "B blocks"]
+    sum: Float[Array, "B blocks"]
+
+    @property
+    def log(self) -> Float[Array, "B blocks"]:
+        """The logarithm of each block's sum of exp(logit)."""
+        return self.max + jnp.log(self.sum)
+
+    @property
+    def log_total(self) -> Float[Array, " B"]:
+        """The logarithm of each row's sum of exp(logit)."""
+        return jax.nn.logsumexp(self.max, b=self.sum, axis=-1)
+
+    def argmax(self, x: Float[Array, "B V"]) -> Int[Array, " B"]:
+        """The first of the largest logits of each row `x` whose sums these are; NaN is largest."""
+        block = jnp.argmax(self.max, axis=-1)
+        place = jnp.argmax(tokens_of(x, block), axis=-1)
+        return (block * BLOCK + place).astype(jnp.int32)
+
+
+def in_blocks(x: Float[Array, "B V"]) -> Float[Array, "B blocks width"]:
+    """The tokens by blocks; the last one is filled up with -inf."""
+    num_rows, width = x.shape
+    num_blocks = -(-width // BLOCK)
+    if width % BLOCK:
+        missing = num_blocks * BLOCK - width
+        x = jnp.pad(x, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    return x.reshape(num_rows, num_blocks, BLOCK)
+
+
+def tokens_of(x: Float[Array, "B V"], block: Int[Array, " B"]) -> Float[Array, "B width"]:
+    """The tokens of one block of each row."""
+    return jnp.take_along_axis(in_blocks(x), block[:, None, None], axis=1)[:, 0]
