@@ -35,7 +35,7 @@ from jaxengine.log import logger
 from jaxengine.profiling import Profile
 from jaxengine.progress import Progress
 from jaxengine.residency import Residency
-from jaxengine.sampling import as_sampler, default_sampler
+from jaxengine.sampling import Sampler, as_sampler, default_sampler
 from jaxengine.sglang_names import CacheFlush, SGLangNames
 from jaxengine.submit import Submitter
 from jaxengine.text.detokenizer import Vocabulary
@@ -340,6 +340,11 @@ class Engine(SGLangNames):
         return CacheFlush(success=True)
 
     # -- weights and memory
+
+    @property
+    def sampler(self) -> Sampler:
+        """What turns logits into tokens where a call says nothing else."""
+        return self._samplers.own.steps.sampler
 
     @property
     def params(self) -> Any:

@@ -137,25 +137,34 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def random_q4_k(rng: np.random.Generator, rows: int, cols: int) -> tuple[np.ndarray, np.ndarray]:
+def random_q5_k(rng: np.random.Generator, rows: int, cols: int) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of Q5_K, likewise: those of Q4_K with a fifth bit of every code."""
+    return random_q4_k(rng, rows, cols, has_fifth_bit=True)
+
+
+def random_q4_k(
+    rng: np.random.Generator, rows: int, cols: int, *, has_fifth_bit: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Blocks of Q4_K and what they mean, value by value.
 
-    Source: `block_q4_K` and `dequantize_row_q4_K` of ggml-quants.c.
+    Source: `block_q4_K`, `block_q5_K` and their `dequantize_row` of ggml-quants.c.
     """
     blocks, values = [], []
     for _ in range(rows * cols // 256):
         d, dmin = rng.uniform(0.001, 0.01, 2).astype(np.float16)
         scales, mins = rng.integers(0, 64, (2, 8), dtype=np.uint8)
-        codes = rng.integers(0, 16, 256, dtype=np.uint8)
+        codes = rng.integers(0, 32 if has_fifth_bit else 16, 256, dtype=np.uint8)
         packed = np.zeros(12, np.uint8)
         for j in range(4):
             packed[j] = scales[j] | (scales[j + 4] >> 4) << 6
             packed[j + 4] = mins[j] | (mins[j + 4] >> 4) << 6
             packed[j + 8] = (scales[j + 4] & 15) | (mins[j + 4] & 15) << 4
-        quads = codes.reshape(4, 2, 32)  # 64 values in 32 bytes: low nibbles first
+        high = ((codes >> 4).reshape(8, 32) << np.arange(8)[:, None]).sum(axis=0)
+        quads = (codes & 15).reshape(4, 2, 32)  # 64 values in 32 bytes: low nibbles first
         nibbles = (quads[:, 0] | quads[:, 1] << 4).reshape(-1)
         header = np.array([d, dmin], np.float16).view(np.uint8)
-        blocks.append(np.concatenate([header, packed, nibbles]))
+        fifth = [high.astype(np.uint8)] * has_fifth_bit
+        blocks.append(np.concatenate([header, packed, *fifth, nibbles]))
         for i, code in enumerate(codes):
             scale, low = int(scales[i // 32]), int(mins[i // 32])
             values.append(float(d) * scale * int(code) - float(dmin) * low)

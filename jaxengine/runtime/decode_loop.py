@@ -304,6 +304,7 @@ class SamplerSteps:
             arrays,
             begins=True,
             has_lists=has_lists,
+            has_shortcuts=False,
         )
         drawing = jnp.where(cursor.is_done, batch.DROPPED, rows.slot_ids)
         slots = self.forward.layout.write(slots, drawing, end._asdict())
@@ -330,6 +331,7 @@ class SamplerSteps:
         begins: bool,
         feeds_last: bool = True,
         has_lists: bool = True,
+        has_shortcuts: bool = True,
     ) -> tuple[Sample, SamplerState, Cursor]:
         """One token for every row that is not done, and where the rows stand then.
 
@@ -354,7 +356,15 @@ class SamplerSteps:
                 num_top=forward.num_top,
             )
             ctx = dataclasses.replace(ctx, history=state.history)
-            drawn, after = sample(self.sampler, logits, state, ctx, wants, self._members(group))
+            drawn, after = sample(
+                self.sampler,
+                logits,
+                state,
+                ctx,
+                wants,
+                self._members(group),
+                has_shortcuts=has_shortcuts,
+            )
         num_generated = cursor.num_generated + active
         is_finished = active & forward.is_finished(rows, drawn.token, num_generated)
         if feeds_last:

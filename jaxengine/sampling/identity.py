@@ -6,6 +6,7 @@ helper edited in another cell changes what unchanged code does, so code alone sa
 
 import dataclasses
 import functools
+import hashlib
 import os
 import sys
 import sysconfig
@@ -19,7 +20,7 @@ type Key = tuple[Any, ...]
 
 type _Seen = dict[int, tuple[Key, Any]]
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range)
+_PLAIN = bool | int | float | complex | str | bytes | None | types.EllipsisType | range
 _MAX_HASHED_BYTES = 1 << 20
 
 
@@ -45,6 +46,31 @@ def structure_of(value: Any, arguments: Sequence[Any] = ()) -> Key:
 def are_equal(a: Any, b: Any) -> bool:
     """Whether two values do the same."""
     return a is b or structure_of(a) == structure_of(b)
+
+
+def digest_of(value: Any) -> str:
+    """What `structure_of` tells apart, as 16 hexadecimal digits that outlive the process.
+
+    Arrays count by their content. What has an identity alone counts by its name, or its type's: an
+    edit of such an object is not seen. Another version of Python compiles other code.
+    """
+    return hashlib.sha256(_lasting(structure_of(value)).encode()).hexdigest()[:16]
+
+
+def _lasting(key: Any) -> str:
+    if isinstance(key, tuple):
+        return f"({','.join(map(_lasting, key))})"
+    if isinstance(key, frozenset):
+        return f"{{{','.join(sorted(map(_lasting, key)))}}}"
+    value = key.value if isinstance(key, _Same) else key
+    if not isinstance(value, _PLAIN) and hasattr(value, "__array__"):
+        array = np.asarray(value)
+        return f"{array.dtype}{array.shape}{hashlib.sha256(array.tobytes()).hexdigest()}"
+    if isinstance(value, _PLAIN | np.dtype):
+        return repr(value)
+    named = value if hasattr(value, "__qualname__") else type(value)
+    name = value.__name__ if isinstance(value, types.ModuleType) else named.__qualname__
+    return f"{named.__module__}.{name}"
 
 
 class _Same:
@@ -141,7 +167,10 @@ def _cell(cell: types.CellType) -> Any:
 
 def _code_key(code: types.CodeType) -> Key:
     constants = tuple(
-        _code_key(c) if isinstance(c, types.CodeType) else (type(c), repr(c))
+        _code_key(c)
+        if isinstance(c, types.CodeType)
+        # A set's order is another one in every process.
+        else (type(c), repr(sorted(c, key=repr) if isinstance(c, frozenset) else c))
         for c in code.co_consts
     )
     names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)

@@ -3,8 +3,10 @@
 Never a [B, V] array leaves the device for them.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -27,10 +29,14 @@ class Wants(NamedTuple):
     ids: Int[Array, "B ids"]
     num_top: int
 
-    def any(self, active: Bool[Array, " B"]) -> Bool[Array, ""]:
-        """Whether an active row wants any."""
-        rows = self.token if self.lists is None else self.token | self.lists
-        return (rows & active).any()
+    def among(self, active: Bool[Array, " B"]) -> "Wants":
+        """What active rows want."""
+        lists = None if self.lists is None else self.lists & active
+        return self._replace(token=self.token & active, lists=lists)
+
+    def any(self) -> Bool[Array, ""]:
+        """Whether a row wants any."""
+        return (self.token if self.lists is None else self.token | self.lists).any()
 
 
 def at_token(x: Float[Array, "*B V"], token: Int[Array, "*B"]) -> Float[Array, "*B"]:
@@ -51,10 +57,34 @@ def token_logprobs(
     return tuple(at_token(x, token) - norm for x, norm in zip(logits, norms, strict=True))
 
 
-def no_token_logprobs(token: Int[Array, " B"]) -> dict[str, Array]:
-    """What stands for them where no row wants any."""
-    nothing = jnp.zeros(token.shape, jnp.float32)
-    return {"logprob": nothing, "raw_logprob": nothing, "processed_logprob": nothing}
+MEASURES = ("logprob", "raw_logprob", "processed_logprob")
+"""Leaves of a `Sample`: SGLang's measure, the model's own, of the distribution drawn from."""
+
+
+def three_measures(
+    token: Int[Array, " B"],
+    raw: Float[Array, "B V"],
+    unfiltered: Float[Array, "B V"],
+    processed: Float[Array, "B V"],
+) -> dict[str, Array]:
+    """Of the token, by each measure; what is the same array is measured once."""
+    arrays = dict(zip(MEASURES, (unfiltered, raw, processed), strict=True))
+    distinct = {id(x): x for x in arrays.values()}
+    values = dict(zip(distinct, token_logprobs(token, *distinct.values()), strict=True))
+    return {name: values[id(x)] for name, x in arrays.items()}
+
+
+def one_measure(
+    token: Int[Array, " B"], logits: Float[Array, "B V"], sums: BlockSums
+) -> dict[str, Array]:
+    """The same where nothing was made of the logits."""
+    return dict.fromkeys(MEASURES, at_token(logits, token) - sums.log_total)
+
+
+def no_logprobs(wants: Wants) -> dict[str, Array]:
+    """What stands for all of them where no row wants any."""
+    nothing = jnp.zeros(wants.token.shape, jnp.float32)
+    return {**dict.fromkeys(MEASURES, nothing), **no_listed_logprobs(wants)}
 
 
 def listed_logprobs(logits: Float[Array, "B V"], sums: BlockSums, wants: Wants) -> dict[str, Array]:
@@ -65,6 +95,19 @@ def listed_logprobs(logits: Float[Array, "B V"], sums: BlockSums, wants: Wants) 
     return {"top_logprobs": top - norm, "top_ids": top_ids, "id_logprobs": at_ids - norm}
 
 
+def listed_if_wanted(
+    wants: Wants, logits: Float[Array, "B V"], sums: Callable[[], BlockSums]
+) -> dict[str, Array]:
+    """`listed_logprobs`, where a row wants any."""
+    if wants.lists is None:
+        return no_listed_logprobs(wants)
+    return jax.lax.cond(
+        wants.lists.any(),
+        lambda: listed_logprobs(logits, sums(), wants),
+        lambda: no_listed_logprobs(wants),
+    )
+
+
 def scores(logits: Float[Array, "B V"], token: Int[Array, " B"], wants: Wants) -> dict[str, Array]:
     """Logprobs of given tokens and the listed ones, by the model's own measure."""
     sums = block_sums(logits)
@@ -73,7 +116,7 @@ def scores(logits: Float[Array, "B V"], token: Int[Array, " B"], wants: Wants) -
 
 
 def no_listed_logprobs(wants: Wants) -> dict[str, Array]:
-    """What stands for them where no row wants any."""
+    """What stands for the listed ones where no row wants any."""
     top = (wants.ids.shape[0], wants.num_top)
     return {
         "top_logprobs": jnp.zeros(top, jnp.float32),

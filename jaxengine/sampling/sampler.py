@@ -1,13 +1,12 @@
 """A sampler: a transform, a draw, and how the engine runs them on the rows of a step."""
 
 import functools
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxengine.sampling.builtin import standard
 from jaxengine.sampling.context import SamplingContext
@@ -16,17 +15,19 @@ from jaxengine.sampling.draw import Draw, gumbel_max
 from jaxengine.sampling.logprobs import (
     Wants,
     at_token,
+    listed_if_wanted,
     listed_logprobs,
     no_listed_logprobs,
-    no_token_logprobs,
+    no_logprobs,
+    one_measure,
+    three_measures,
     token_logprob,
-    token_logprobs,
 )
+from jaxengine.sampling.routes import Logits, Route, apply, is_any_on, routes_of, shortest
 from jaxengine.sampling.transforms import (
     Drawn,
     LogitsTransform,
     Needs,
-    applied,
     chain,
     each_stage,
     initial,
@@ -35,9 +36,7 @@ from jaxengine.sampling.transforms import (
     updated,
 )
 from jaxengine.types import Param
-from pallas_kernels.vocab_blocks import BlockSums, block_sums
-
-type Logits = Float[Array, "B V"]
+from pallas_kernels.vocab_blocks import block_sums
 
 
 class Combine(NamedTuple):
@@ -187,6 +186,8 @@ def sample(
     ctx: SamplingContext,
     wants: Wants,
     group: Int[Array, "B G"] | None = None,
+    *,
+    has_shortcuts: bool = True,
 ) -> tuple[Sample, SamplerState]:
     """Draws a token for every row and advances the sampler's state.
 
@@ -197,6 +198,8 @@ def sample(
       ctx: The rows; its `arrays` are the sampler's, its `history` is `state.history`.
       wants: Which rows want which logprobs; what no row wants is not computed.
       group: For a sampler that combines, the rows of each row's group, its leader first.
+      has_shortcuts: Steps whose rows leave the logits as they are have paths of their own, which
+        are faster, and take longer to compile.
     """
     if sampler.combine is not None and group is not None:
         combine = _as_combine(sampler.combine).apply
@@ -206,21 +209,33 @@ def sample(
     stage_arrays, draw_arrays = ctx.arrays or sampler.arrays
     inside = ctx.narrowed(sampler.needs.history, stage_arrays)
     outside = ctx.narrowed(sampler.draw.needs.history, draw_arrays)
+    wants = wants.among(ctx.active)
     every = tuple(each_stage(sampler.stages, state.stages, inside))
-    routes = _routes(every)
-    always = routes[-1].parts
+    routes = routes_of(every)
+    has_shortcuts = has_shortcuts and all(stage.is_on for stage, *_ in every)
 
-    def draw(parts: Parts, logits: Logits) -> tuple[Sample, SamplerState]:
-        processed = _apply(parts, logits)
+    def draw(route: Route, logits: Logits) -> tuple[Sample, SamplerState]:
+        processed = apply(route.parts, logits)
         token, aux = _selected(sampler.draw, processed, state.draw, outside)
-        return finish(parts, logits, processed, token, aux)
+        may_change_nothing = has_shortcuts and route is routes[-1]
+        report = functools.partial(_report, route, logits, wants, may_change_nothing)
+        return finish(logits, processed, token, aux, report)
 
-    def draw_greedily(logits: Logits) -> tuple[Sample, SamplerState]:
-        token = sums.argmax(logits)
-        return finish(always, logits, _apply(always, logits), token, ())
+    def draw_greedily(has_lists: bool, logits: Logits) -> tuple[Sample, SamplerState]:
+        sums = block_sums(logits)
+
+        def report(token: Int[Array, " B"]) -> dict[str, Array]:
+            lists = listed_logprobs(logits, sums, wants) if has_lists else no_listed_logprobs(wants)
+            return one_measure(token, logits, sums) | lists
+
+        return finish(logits, logits, sums.argmax(logits), (), report)
 
     def finish(
-        parts: Parts, logits: Logits, processed: Logits, token: Int[Array, " B"], aux: Any
+        logits: Logits,
+        processed: Logits,
+        token: Int[Array, " B"],
+        aux: Any,
+        report: Callable[[Int[Array, " B"]], dict[str, Array]],
     ) -> tuple[Sample, SamplerState]:
         token = _checked(token, logits, processed)
         if group is not None:  # whatever a companion's own chain would have removed
@@ -228,7 +243,9 @@ def sample(
         drawn = Drawn(
             token, token_logprob(processed, token), token_logprob(logits, token), processed
         )
-        leaves = {"aux": aux} if jax.tree.leaves(aux) else {}
+        leaves: dict[str, Any] = report(token)
+        if jax.tree.leaves(aux):
+            leaves["aux"] = aux
         for name, function in sampler.capture.items():
             captured = call(function, logits, drawn, outside)
             require_rows(function, captured, logits.shape[:1], f"the capture `{name}`")
@@ -240,84 +257,46 @@ def sample(
         )
         return Sample(token, leaves), after
 
-    # A step takes the shortest route that leaves out nothing a row has on. Branches return [B] and
-    # state only: returning [B, V] through a branch would copy it.
-    choice = jnp.int32(0)
-    for i, shorter in enumerate(routes[1:], start=1):
-        choice = jnp.where(_is_any_on(every, beside=shorter.parts), choice, i)
-    paths: list[Callable[..., Any]] = [functools.partial(draw, route.parts) for route in routes]
-    path = choice
-    if sampler.draw.is_greedy and all(stage.keeps_order for stage, *_ in always):
+    # NOTE: One condition, for in a CUDA graph one takes longer than a small kernel. Branches return
+    # [B] and state only: returning [B, V] through a branch would copy it.
+    paths: list[Callable[..., Any]] = [functools.partial(draw, route) for route in routes]
+    path = shortest(routes)
+    if has_shortcuts and sampler.draw.is_greedy:
         is_random = (~sampler.draw.is_greedy(outside) & ctx.active).any()
-        path = jnp.where((choice == len(routes) - 1) & ~is_random, len(paths), choice)
-        paths.append(draw_greedily)
-    sums = _sums_if((path == len(routes)) | wants.any(ctx.active), logits)
-    drawn, after = jax.lax.switch(path, paths, logits)
-    logprobs = _logprobs(wants, ctx, logits, sums, routes, choice, drawn.token)
-    return drawn._replace(leaves={**logprobs, **drawn.leaves}), after
+        is_greedy = ~is_any_on(every) & ~is_random
+        path = jnp.where(is_greedy, len(paths), path)
+        paths.append(functools.partial(draw_greedily, False))
+        if wants.lists is not None:
+            path += is_greedy & wants.lists.any()
+            paths.append(functools.partial(draw_greedily, True))
+    return jax.lax.switch(path, paths, logits)
 
 
-type Parts = tuple[tuple[LogitsTransform, Any, SamplingContext], ...]
+def _report(
+    route: Route, logits: Logits, wants: Wants, may_change_nothing: bool, token: Int[Array, " B"]
+) -> dict[str, Array]:
+    """The logprobs that are wanted of a token that was drawn on a route.
 
-
-class _Route(NamedTuple):
-    """What a step applies to the logits: SGLang's logprobs are those between the two.
-
-    Attributes:
-      unfiltered: Parts before the first filter of the chain.
-      rest: All others.
+    What the parts make of the logits is made anew: a branch that took it would have it kept when
+    nobody asks.
     """
 
-    unfiltered: Parts
-    rest: Parts
+    def changed() -> dict[str, Array]:
+        unfiltered = apply(route.unfiltered, logits)
+        processed = apply(route.rest, unfiltered)
+        sums = functools.partial(block_sums, unfiltered, implementation="reference")
+        lists = listed_if_wanted(wants, unfiltered, sums)
+        return three_measures(token, logits, unfiltered, processed) | lists
 
-    @property
-    def parts(self) -> Parts:
-        """All parts, in order."""
-        return self.unfiltered + self.rest
+    def unchanged() -> dict[str, Array]:
+        sums = block_sums(logits)
+        return one_measure(token, logits, sums) | listed_if_wanted(wants, logits, lambda: sums)
 
-
-def _routes(every: Parts) -> list[_Route]:
-    """From all parts to the unconditional ones, each without one more kind that may be off."""
-    num_unfiltered = len([*itertools.takewhile(lambda part: not part[0].is_filter, every)])
-    kinds: tuple[Callable[[LogitsTransform], bool], ...] = (
-        lambda stage: True,
-        lambda stage: stage.is_on is None or stage.keeps_order or stage.is_filter,
-        lambda stage: stage.is_on is None or stage.keeps_order,
-        lambda stage: stage.is_on is None,
-    )
-    routes: list[_Route] = []
-    for is_kept in kinds:
-        unfiltered, rest = (
-            tuple(part for part in parts if is_kept(part[0]))
-            for parts in (every[:num_unfiltered], every[num_unfiltered:])
-        )
-        route = _Route(unfiltered, rest)
-        if not routes or len(route.parts) < len(routes[-1].parts):
-            routes.append(route)
-    return routes
-
-
-def _sums_if(is_needed: Bool[Array, ""], logits: Logits) -> BlockSums:
-    """What is left of the model's logits, by blocks; zeros where nobody needs it."""
-    sums = functools.partial(block_sums, logits)
-    nothing = jax.eval_shape(sums)
-    return jax.lax.cond(
-        is_needed, sums, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nothing)
-    )
-
-
-def _is_any_on(parts: Parts, beside: Parts) -> Bool[Array, ""]:
-    """Whether a row has a conditional stage on that is not among those `beside`."""
-    others = (part for part in parts if not any(part is other for other in beside))
-    is_on = (stage.is_on(ctx).any() for stage, _, ctx in others if stage.is_on)
-    return functools.reduce(jnp.logical_or, is_on)
-
-
-def _apply(parts: Parts, logits: Logits) -> Logits:
-    for stage, state, ctx in parts:
-        logits = applied(stage, logits, state, ctx)
-    return logits
+    ways, index = [lambda: no_logprobs(wants), changed], wants.any().astype(jnp.int32)
+    if may_change_nothing:
+        ways.append(unchanged)
+        index = jnp.where(is_any_on(route.parts), index, 2 * index)
+    return jax.lax.switch(index, ways)
 
 
 def _selected(
@@ -347,54 +326,3 @@ def _push(history: Int[Array, "B H"] | None, token: Int[Array, " B"]) -> Array |
     if history is None:
         return None
     return jnp.concatenate([history[:, 1:], token[:, None]], axis=-1)
-
-
-def _logprobs(
-    wants: Wants,
-    ctx: SamplingContext,
-    logits: Logits,
-    sums: BlockSums,
-    routes: Sequence[_Route],
-    choice: Int[Array, ""],
-    token: Int[Array, " B"],
-) -> dict[str, Array]:
-    """Of the token by all three measures, and of the most likely and of given ids by SGLang's.
-
-    SGLang's is after penalties, bias and temperature and before the filters. What the parts make of
-    the logits is made anew: a branch that took it would have it kept when nobody asks.
-    """
-    unfiltered = {len(route.unfiltered): route.unfiltered for route in routes}
-    place = jnp.asarray([[*unfiltered].index(len(route.unfiltered)) for route in routes])
-
-    def of_token(route: _Route) -> dict[str, Array]:
-        raw = at_token(logits, token) - sums.log_total
-        changed, x = [], logits
-        for parts in route:
-            if parts:
-                x = _apply(parts, x)
-                changed.append(x)
-        measures = [raw, *token_logprobs(token, *changed)]
-        return {
-            "logprob": measures[1 if route.unfiltered else 0],
-            "raw_logprob": raw,
-            "processed_logprob": measures[-1],
-        }
-
-    def of_lists(parts: Parts) -> dict[str, Array]:
-        if not parts:
-            return listed_logprobs(logits, sums, wants)
-        x = _apply(parts, logits)
-        return listed_logprobs(x, block_sums(x, implementation="reference"), wants)
-
-    def wanted(rows: Bool[Array, " B"] | None, index: Array, ways: list[Any], nothing: Any) -> Any:
-        if rows is None:
-            return nothing
-        index = jnp.where((rows & ctx.active).any(), index, len(ways))
-        return jax.lax.switch(index, [*ways, lambda: nothing])
-
-    by_token = [functools.partial(of_token, route) for route in routes]
-    by_lists = [functools.partial(of_lists, parts) for parts in unfiltered.values()]
-    return {
-        **wanted(wants.token, choice, by_token, no_token_logprobs(token)),
-        **wanted(wants.lists, place[choice], by_lists, no_listed_logprobs(wants)),
-    }

@@ -65,7 +65,8 @@ class LogitsTransform(NamedTuple):
         any such transform is on takes a path that does not contain them.
       is_filter: Removes tokens rather than reshaping the distribution; SGLang's token logprobs
         are those before the first filter.
-      keeps_order: Never changes which token is the most likely, so greedy rows may skip it.
+      keeps_order: Never changes which token is the most likely, and is cheap, like a temperature:
+        it is left out only of steps that are greedy, where `is_on` says so.
       stages: The parts of a chain, in order; () for a single transform.
     """
 

@@ -20,13 +20,36 @@ DEMO_PROMPTS = (
     "KING RICHARD III:\nA horse!",
     "First Citizen:\nBefore we proceed",
 )
+DESCRIPTION = """\
+An offline LLM engine in JAX, in one process, on an NVIDIA GPU or a CPU.
+"""
+
+EPILOG = """\
+for a first look, with no download:
+  jaxengine demo
+  echo "ROMEO:" | jaxengine run --format text - -
+
+with a model of your own, a folder or a hub id:
+  jaxengine run in.jsonl out.jsonl --model Qwen/Qwen2.5-0.5B-Instruct
+  jaxengine serve --model Qwen/Qwen2.5-0.5B-Instruct
+
+`jaxengine COMMAND --help` tells more, with examples. In Python: `from jaxengine import Engine`.
+"""
+
 DEMO_PARAMS = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 48}
 
 
+EXIT_USAGE = 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit code: 0, or 1 for an error that names its remedy."""
+    """Runs a command line; returns the exit code, 1 for an error that names its remedy."""
     argv = sys.argv[1:] if argv is None else argv
-    args = _parser().parse_args(argv, argparse.Namespace(argv=argv))
+    parser = _parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        return EXIT_USAGE
+    args = parser.parse_args(argv, argparse.Namespace(argv=argv))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         return args.run(args) or 0
@@ -47,12 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jaxengine",
-        description="An offline LLM engine in JAX.",
-        epilog="jaxengine COMMAND --help tells more, with examples.",
+        usage="jaxengine COMMAND ...",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=jaxengine.__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        required=True, title="commands", metavar="COMMAND", prog="jaxengine"
+    )
+    add_run_command(commands)
+    add_serve_command(commands)
     demo = commands.add_parser(
         "demo",
         help="generate text four ways: sync and async, streamed and not",
@@ -60,7 +89,10 @@ def _parser() -> argparse.ArgumentParser:
         "small model that comes with the package, so it needs no download.",
     )
     demo.add_argument(
-        "--model", default=jaxengine.DEMO_MODEL, help="checkpoint folder or hub id", metavar="PATH"
+        "--model",
+        default=jaxengine.DEMO_MODEL,
+        metavar="PATH",
+        help="checkpoint folder, GGUF file or hub id (default: the embedded demo model)",
     )
     demo.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
     demo.set_defaults(run=_demo)
@@ -73,8 +105,6 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("src", help="checkpoint folder or hub id", metavar="SRC")
     convert.add_argument("dst", type=Path, help="new folder", metavar="DST")
     convert.set_defaults(run=_convert)
-    add_run_command(commands)
-    add_serve_command(commands)
     return parser
 
 

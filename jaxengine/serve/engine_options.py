@@ -18,7 +18,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=jaxengine.DEMO_MODEL,
         metavar="PATH",
-        help="checkpoint folder or hub id (default: the embedded demo model)",
+        help="checkpoint folder, GGUF file or hub id (default: the embedded demo model)",
     )
     group.add_argument("--preset", metavar="TOML", help="settings from a file, as in configs/")
     group.add_argument(

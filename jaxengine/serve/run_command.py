@@ -19,20 +19,24 @@ examples:
   jaxengine run in.parquet out.parquet --model ... --gpus 8
   jaxengine run in.jsonl - --model ... --dry-run
 
-A job that was interrupted, killed or ran out of disk goes on when the same command is run again.
+exit codes:
+  0    every row has its result
+  1    the job could not begin or had to stop; the message says why, and what to do
+  2    wrong usage
+  3    the job ended, with error rows in its output
+  130  interrupted; run it again to go on
 
-exit codes: 0 every row has its result; 3 the job ended, with error rows in its output;
-  1 it could not begin or had to stop, the message says why; 2 wrong usage; 130 interrupted
+What rows may hold and what results look like: python -c 'help("jaxengine.serve.batch")'
 """
 
-SAMPLING = {
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "max_new_tokens": int,
-    "n": int,
-    "seed": int,
+SAMPLING: dict[str, tuple[type, str]] = {
+    "temperature": (float, "0 takes the most likely token"),
+    "top_p": (float, "keep the likeliest tokens that reach this probability together"),
+    "top_k": (int, "keep the K likeliest tokens"),
+    "min_p": (float, "drop tokens less likely than X times the likeliest one"),
+    "max_new_tokens": (int, "most tokens of a continuation (default: 128)"),
+    "n": (int, "samples of each prompt (default: 1)"),
+    "seed": (int, "makes the job repeatable (default: a fresh one, kept by the job)"),
 }
 
 
@@ -41,13 +45,22 @@ def add_run_command(commands: Any) -> None:
     parser = commands.add_parser(
         "run",
         help="continue every prompt of a file: JSONL, Parquet, text; resumable",
-        description="Continues every prompt of IN and writes a row each to OUT.",
+        usage="jaxengine run IN OUT [--model PATH] [OPTION ...]",
+        description="Continues every prompt of IN and writes a row each to OUT. A job that was "
+        "interrupted, killed or ran out of disk goes on when the same command is run again.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="IN", help="input file or folder of parts; - is stdin")
     parser.add_argument(
-        "target", metavar="OUT", help=".jsonl, .jsonl.gz, .jsonl.zst, .parquet; - is stdout"
+        "source",
+        metavar="IN",
+        help="JSON lines, Parquet, plain text or OpenAI's batch lines, also .gz or .zst; a folder "
+        "of Parquet parts; - is stdin",
+    )
+    parser.add_argument(
+        "target",
+        metavar="OUT",
+        help=".jsonl, .jsonl.gz, .jsonl.zst, or .parquet (a folder of parts); - is stdout",
     )
     _add_input_options(parser.add_argument_group("input"))
     _add_sampling_options(parser.add_argument_group("sampling, where a row does not say"))
@@ -57,7 +70,9 @@ def add_run_command(commands: Any) -> None:
 
 
 def _add_input_options(group: Any) -> None:
-    group.add_argument("--format", choices=("jsonl", "parquet", "text"), help="whatever its name")
+    group.add_argument(
+        "--format", choices=("jsonl", "parquet", "text"), help="of IN (default: by its name)"
+    )
     for name, what in (
         ("prompt", "texts (default: prompt or text)"),
         ("messages", "chat messages (default: messages)"),
@@ -73,14 +88,18 @@ def _add_input_options(group: Any) -> None:
         "--overlong",
         choices=("error", "truncate"),
         default="error",
-        help="a prompt too long for the context is an error row, or loses its first tokens",
+        help="what becomes of a prompt too long for the context: an error row (the default), or it "
+        "loses its first tokens",
     )
 
 
 def _add_sampling_options(group: Any) -> None:
-    for name, kind in SAMPLING.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper())
-    group.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
+    for name, (kind, what) in SAMPLING.items():
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, type=kind, metavar="N" if kind is int else "X", help=what)
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="ends the continuation; may be repeated"
+    )
     group.add_argument(
         "--param",
         action="append",
@@ -91,13 +110,19 @@ def _add_sampling_options(group: Any) -> None:
 
 
 def _add_job_options(group: Any) -> None:
-    group.add_argument("--dry-run", action="store_true", help="check every row, count its tokens")
+    group.add_argument(
+        "--dry-run", action="store_true", help="check rows, count tokens; no engine, no OUT"
+    )
     group.add_argument("--as-completed", action="store_true", help="write rows as they end")
     group.add_argument("--output-ids", action="store_true", help="write token ids, too")
-    group.add_argument("--max-errors", type=int, metavar="N", help="give up after N error rows")
+    group.add_argument(
+        "--max-errors", type=int, metavar="N", help="stop when more than N rows failed"
+    )
     group.add_argument("--retry-errors", action="store_true", help="compute error rows again")
     group.add_argument("--overwrite", action="store_true", help="begin anew where OUT exists")
-    group.add_argument("--max-in-flight", type=int, metavar="N", help="rows under way at once")
+    group.add_argument(
+        "--max-in-flight", type=int, metavar="N", help="rows under way at once (default: enough)"
+    )
     group.add_argument("--shard", metavar="i/n", help="only this part, into OUT-i-of-n")
     group.add_argument("--gpus", type=int, metavar="N", help="one process and shard for each GPU")
     group.add_argument("--json", action="store_true", help="report in JSON, on standard error")
@@ -164,8 +189,9 @@ def _in_words(report: Any) -> str:
     words = [f"{report.num_rows:,} rows"]
     if report.num_skipped:
         words.append(f"{report.num_skipped:,} done before")
-    if report.num_errors + report.num_errors_before:
-        words.append(f"{report.num_errors + report.num_errors_before:,} errors")
+    if num_errors := report.num_errors + report.num_errors_before:
+        what = "error row" if num_errors == 1 else "error rows"
+        words.append(f"{num_errors:,} {what} (--retry-errors computes them again)")
     words.append(f"{report.prompt_tokens:,} prompt tokens (longest {report.max_prompt_tokens:,})")
     if report.completion_tokens:
         speed = report.completion_tokens / max(report.seconds, 1e-9)

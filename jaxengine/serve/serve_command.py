@@ -23,6 +23,7 @@ def add_serve_command(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         help="an OpenAI-compatible server on this machine",
+        usage="jaxengine serve [--model PATH] [OPTION ...]",
         description="Serves /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -34,14 +35,18 @@ def add_serve_command(commands: Any) -> None:
         "--api-key-file", metavar="PATH", help="file with the key clients must send"
     )
     parser.add_argument(
-        "--max-body-bytes", type=int, default=8 << 20, metavar="N", help="(default: %(default)s)"
+        "--max-body-bytes",
+        type=int,
+        default=8 << 20,
+        metavar="N",
+        help="largest request (default: %(default)s)",
     )
     parser.add_argument(
         "--max-requests",
         type=int,
         default=1024,
         metavar="N",
-        help="requests under way at once (default: %(default)s)",
+        help="requests under way at once; more are answered 429 (default: %(default)s)",
     )
     parser.add_argument(
         "--requests-per-minute", type=int, metavar="N", help="of one client (default: any)"

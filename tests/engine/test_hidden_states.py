@@ -32,12 +32,20 @@ def assert_all_states(prompt: list[int], output: dict[str, Any]) -> None:
     np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-3)
 
 
+def more_reads(engine: Any) -> int:
+    """Of results by the host, beyond one a step."""
+    stats = engine.stats()
+    return stats["num_host_reads"] - stats["num_windows"] - stats["num_prefills"]
+
+
 def test_every_token_has_its_state_cached_or_not(engine: Any):
     """40 tokens end after 32 and 8 steps of windows; the second time the prompt is cached."""
     for _ in range(2):
         output = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
     assert output["meta_info"]["cached_tokens"] > 0 and "hidden_states" not in output["meta_info"]
+    before = more_reads(engine)
     output = engine.generate(input_ids=PROMPT, sampling_params=GREEDY, return_hidden_states=True)
+    assert more_reads(engine) == before
     assert output["meta_info"]["cached_tokens"] == 0
     assert_all_states(PROMPT, output)
 

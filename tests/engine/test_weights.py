@@ -192,6 +192,15 @@ def test_memory_comes_back_and_who_came_meanwhile_is_answered(live: Any, tags: A
     assert_has(live, OLD, "old")
 
 
+def test_memory_comes_back_in_stages_under_sglangs_names(live: Any):
+    live.release_memory_occupation()
+    assert live.params is None
+    live.resume_memory_occupation(["kv_cache"])
+    assert live.params is None
+    live.resume_memory_occupation(["weights"])
+    assert_has(live, OLD, "old")
+
+
 def test_weights_without_a_copy_must_be_sent(live: Any):
     live.release_memory(["weights"], keep_copy=False)
     with pytest.raises(WeightsError, match="released with keep_copy=False"):

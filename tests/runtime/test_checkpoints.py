@@ -20,7 +20,7 @@ from jaxengine.runtime import weights
 from jaxengine.runtime.checkpoints import open_checkpoint
 from jaxengine.runtime.sharding import make_mesh
 from tests.engine import tiny
-from tests.gguf_files import own_name, random_q4_k, random_q6_k, write_gguf
+from tests.gguf_files import own_name, random_q4_k, random_q5_k, random_q6_k, write_gguf
 from tests.oracle import params_from_tensors
 
 QWEN2 = dataclasses.replace(tiny.CONFIG, vocab_size=48, intermediate_size=64)
@@ -77,7 +77,8 @@ def test_gguf_gives_the_dequantised_tensors(config: ModelConfig, kind: Type, tmp
 
 
 @pytest.mark.parametrize(
-    ("kind", "random_blocks"), [(Type.Q4_K, random_q4_k), (Type.Q6_K, random_q6_k)]
+    ("kind", "random_blocks"),
+    [(Type.Q4_K, random_q4_k), (Type.Q5_K, random_q5_k), (Type.Q6_K, random_q6_k)],
 )
 def test_gguf_k_blocks_mean_what_their_format_says(kind: Type, random_blocks: Any, tmp_path: Path):
     rng = np.random.default_rng(0)

@@ -221,23 +221,43 @@ def test_listed_logprobs_are_those_of_a_full_sort(width: int, levels: int):
     np.testing.assert_array_equal(places[:, :count], order)
 
 
-def test_logprobs_are_named_after_what_they_are_of():
-    sampler = default_sampler()
-    requests = [{"temperature": 0.5, "top_k": 2}] * B
+FILTERED, TEMPERED, PLAIN = {"temperature": 0.5, "top_k": 2}, {"temperature": 0.5}, {}
+GREEDY = {"temperature": 0.0}
+FILTERS_FIRST = s.Sampler(s.chain(s.top_k_top_p_min_p(), s.temperature()))
+
+
+@pytest.mark.parametrize("sampler", [default_sampler(), FILTERS_FIRST], ids=["usual", "reversed"])
+@pytest.mark.parametrize(
+    "requests",
+    [
+        [FILTERED] * B,
+        [TEMPERED, TEMPERED, GREEDY, PLAIN],
+        [PLAIN] * B,
+        [GREEDY] * B,
+        [FILTERED, TEMPERED, PLAIN, GREEDY],
+    ],
+    ids=["filtered", "tempered", "plain", "greedy", "mixed"],
+)
+def test_logprobs_are_named_after_what_they_are_of(sampler: s.Sampler, requests: list[Any]):
+    """Whatever the step leaves out because no row has it on."""
     ids = np.tile(np.asarray([4, 0, -1], np.int32), (B, 1))
     everyone = jnp.ones(B, bool)
     wants = Wants(everyone, everyone, jnp.asarray(ids), 3)
     drawn, _ = step(sampler, LOGITS, context(sampler, requests, V), wants=wants)
     rows, token = np.arange(B), np.asarray(drawn.token)
-    tempered, raw = np.log(softmax(2 * LOGITS)), np.log(softmax(LOGITS))
-    kept = np.where(LOGITS >= np.sort(LOGITS)[:, -2:-1], 2 * LOGITS, -np.inf)
+    scale = np.asarray([[1 / (request.get("temperature", 1) or 1)] for request in requests])
+    second = np.sort(LOGITS)[:, -2:-1]
+    is_kept = np.asarray([["top_k" not in request] for request in requests]) | (LOGITS >= second)
+    raw, processed = np.log(softmax(LOGITS)), softmax(np.where(is_kept, scale * LOGITS, -np.inf))
+    # SGLang's measure is of what stands before the first filter.
+    own = raw if sampler is FILTERS_FIRST else np.log(softmax(scale * LOGITS))
     leaves = {name: np.asarray(leaf) for name, leaf in drawn.leaves.items()}
-    np.testing.assert_allclose(leaves["logprob"], tempered[rows, token], rtol=1e-5)
+    np.testing.assert_allclose(leaves["logprob"], own[rows, token], rtol=1e-5)
     np.testing.assert_allclose(leaves["raw_logprob"], raw[rows, token], rtol=1e-5)
     np.testing.assert_allclose(
-        leaves["processed_logprob"], np.log(softmax(kept)[rows, token]), rtol=1e-4, atol=1e-6
+        leaves["processed_logprob"], np.log(processed[rows, token]), rtol=1e-4, atol=1e-6
     )
-    values, order = full_sort(tempered, 3)
+    values, order = full_sort(own, 3)
     np.testing.assert_allclose(leaves["top_logprobs"], values, rtol=1e-5)
     np.testing.assert_array_equal(leaves["top_ids"], order)
-    np.testing.assert_allclose(leaves["id_logprobs"][:, :2], tempered[:, [4, 0]], rtol=1e-5)
+    np.testing.assert_allclose(leaves["id_logprobs"][:, :2], own[:, [4, 0]], rtol=1e-5)

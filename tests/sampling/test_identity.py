@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import gc
 import importlib
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,9 @@ import numpy as np
 import pytest
 
 import jaxengine.sampling as s
-from jaxengine.sampling.identity import are_equal, structure_of
+from jaxengine.sampling.identity import are_equal, digest_of, structure_of
+
+ROOT = Path(__file__).parents[2]
 
 
 def cell(source: str, **names: Any) -> dict[str, Any]:
@@ -195,3 +199,53 @@ def test_device_arrays_count_by_identity():
     array = jnp.ones(3)
     assert structure_of([array]) == structure_of([array])
     assert structure_of([array]) != structure_of([jnp.ones(3)])
+
+
+LASTING = """
+import enum
+import jax
+import jax.numpy as jnp
+import numpy as np
+import jaxengine.sampling as s
+
+class Mode(enum.Enum):
+    SOFT = 1
+
+def helper(x):
+    return x if x.ndim in {1, 2, 3} or str(x.dtype) in {"a", "b", "c", "d"} else jnp.tanh(x)
+
+def apply(logits, state, ctx):
+    return helper(logits) + jax.lax.stop_gradient(ctx.arrays["w"]) * CONSTANT
+
+CONSTANT = VALUE
+SETTINGS = {"modes": {"x", "y", "z"}, "dtype": np.dtype("int8"), "mode": Mode.SOFT}
+mine = s.LogitsTransform(
+    lambda logits, state, ctx: apply(logits, state, SETTINGS), arrays={"w": jnp.arange(ITEMS)}
+)
+sampler = s.Sampler(s.chain(s.temperature(), s.top_k_top_p_min_p(), s.dry(), mine))
+"""
+
+
+def digest_with(value: float = 0.5, items: int = 3) -> str:
+    """The digest of a sampler as a script makes it."""
+    names = {"VALUE": value, "ITEMS": items, "__name__": "__main__"}
+    exec(LASTING, names)
+    return digest_of(names["sampler"])
+
+
+def test_a_digest_is_the_same_in_every_process_and_counts_what_a_structure_does():
+    code = f"VALUE, ITEMS = 0.5, 3\n{LASTING}\n"
+    code += "from jaxengine.sampling.identity import digest_of\nprint(digest_of(sampler))"
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    )
+    assert first == second
+    assert digest_with() == digest_with()
+    assert len({digest_with(), digest_with(value=0.25), digest_with(items=4)}) == 3

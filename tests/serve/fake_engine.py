@@ -28,14 +28,27 @@ class FakeEngine:
 
     Attributes:
       hook: Called with the number of every item before it is answered.
+      params: As an engine's; nobody computes with them.
+      sampler: Likewise.
+      version: Of the weights.
     """
+
+    params: Any = None
+    sampler: Any = None
+    version = "default"
 
     def __init__(self, hook: Callable[[int], object] = lambda _: None, **_: Any) -> None:
         self.tokenizer = tokenizer()
         self.config = SimpleNamespace(
-            model_path="", context_length=CONTEXT_LENGTH, served_model_name="fake"
+            model_path="",
+            context_length=CONTEXT_LENGTH,
+            served_model_name="fake",
+            weight_version="default",
         )
         self.hook = hook
+
+    def get_model_info(self) -> dict[str, Any]:
+        return {"weight_version": self.version}
 
     def stats(self) -> dict[str, Any]:
         return {"max_total_tokens": 1000, "num_running": 0}

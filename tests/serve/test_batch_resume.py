@@ -8,9 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxengine.errors import ConfigError
+from jaxengine.sampling import LogitsTransform, chain, default_sampler, temperature
 from jaxengine.serve import batch
 from jaxengine.serve.batch import lines
 from jaxengine.serve.batch.sidecar import locked, model_identity
@@ -165,6 +169,48 @@ def test_a_changed_job_is_refused_and_says_what_changed(tmp_path: Path, source: 
     assert target.read_bytes() == before
     report = run(source, target, sampling_params=changed, overwrite=True)
     assert report.num_done == len(ROWS)
+
+
+def test_a_changed_sampler_is_refused_and_one_built_anew_is_not(tmp_path: Path, source: Path):
+    def run_with(sampler: Any) -> Any:
+        engine = FakeEngine()
+        engine.sampler = sampler
+        return run(source, tmp_path / "out.jsonl", engine=engine)
+
+    def at_least(share: float) -> Any:
+        def apply(logits: Any, state: Any, ctx: Any) -> Any:
+            p = jax.nn.softmax(logits)
+            return jnp.where(p >= share * p.max(-1, keepdims=True), logits, -jnp.inf)
+
+        return chain(temperature(), LogitsTransform(apply))
+
+    run_with(at_least(0.1))
+    assert run_with(at_least(0.1)).num_skipped == len(ROWS)
+    with pytest.raises(ConfigError, match=r'`sampler` was "code \w+" and is "code \w+"'):
+        run_with(at_least(0.2))
+    with pytest.raises(ConfigError, match=r'`sampler` was "code \w+" and is null'):
+        run_with(None)
+    with pytest.raises(ConfigError, match=r'`sampler` was "code \w+" and is null'):
+        run_with(default_sampler())
+
+
+def test_weights_in_memory_are_known_by_their_content(tmp_path: Path, source: Path):
+    engine, target = FakeEngine(), tmp_path / "out.jsonl"
+    engine.params = {"layer": {"w": jnp.ones((30, 100)), "b": np.zeros(7, np.float32)}}
+    run(source, target, engine=engine)
+    assert run(source, target, engine=engine).num_skipped == len(ROWS)
+    engine.params = {"layer": {**engine.params["layer"], "w": jnp.full((30, 100), 1.001)}}
+    with pytest.raises(ConfigError, match=r'`model` was "arrays \w+" and is "arrays \w+"'):
+        run(source, target, engine=engine)
+
+
+def test_updated_weights_are_another_model(tmp_path: Path, source: Path, checkpoint: Path):
+    engine = FakeEngine()
+    engine.config.model_path, engine.params = str(checkpoint), {"w": np.ones(3)}
+    run(source, tmp_path / "out.jsonl", engine=engine)
+    engine.version = "step 1"
+    with pytest.raises(ConfigError, match=r'`model` was "\w+" and is "arrays \w+"'):
+        run(source, tmp_path / "out.jsonl", engine=engine)
 
 
 def test_a_job_without_a_result_binds_nobody(tmp_path: Path, source: Path):

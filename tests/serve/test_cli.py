@@ -11,6 +11,7 @@ import pytest
 
 import jaxengine
 from jaxengine.serve import gpus
+from jaxengine.serve.batch.rows import DEFAULT_MAX_NEW_TOKENS
 from jaxengine.serve.cli import main
 from tests.serve.batch_files import read_results, write_lines
 from tests.serve.fake_engine import FakeEngine
@@ -53,13 +54,25 @@ def test_run_writes_results_and_reports(
     assert job["sampling_params"] == expected
 
 
+def test_help_is_what_a_newcomer_needs(capsys: pytest.CaptureFixture[str]):
+    assert main([]) == 2
+    told = capsys.readouterr().err
+    assert all(f"jaxengine {command}" in told for command in ("demo", "run", "serve"))
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", "--help"])
+    told = capsys.readouterr().out
+    assert f"(default: {DEFAULT_MAX_NEW_TOKENS})" in " ".join(told.split())
+    lines = [line for line in told.splitlines() if line.strip().startswith("--")]
+    assert not [line for line in lines if len(line.split()) < 3 and len(line) < 24]
+
+
 def test_exit_codes_tell_errors_apart(
     source: Path, engines: list[Any], capsys: pytest.CaptureFixture[str]
 ):
     bad = write_lines(source.with_name("bad.jsonl"), [*ROWS, {"prompt": ""}])
     target = str(source.with_name("out.jsonl"))
     assert main(["run", str(bad), target]) == 3
-    assert "8 rows, 1 errors" in capsys.readouterr().err
+    assert "8 rows, 1 error row (" in capsys.readouterr().err
     assert main(["run", str(bad), target, "--temperature", "0.5"]) == 1
     assert "`sampling_params` was {}" in capsys.readouterr().err
     assert main(["run", str(bad), target, "--overwrite", "--max-errors", "0"]) == 1

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import ray.data
 
 import jaxengine
 from jaxengine.serve import batch
@@ -93,6 +92,8 @@ class Mortal(Generate):
 def test_an_actor_that_is_killed_loses_no_row(
     demo: Any, demo_settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    import ray.data  # not in all workers of the test run
+
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")

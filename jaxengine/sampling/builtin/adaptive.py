@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxengine.sampling.builtin.common import LARGEST, SMALLEST, entropy, keep_from, number_in
 from jaxengine.sampling.builtin.standard import temperature
@@ -70,13 +70,16 @@ def dynamic_temperature() -> LogitsTransform:
         t = jax.lax.cond(any_row, by_entropy, lambda _: ctx.temperature, logits)
         return logits / jnp.where(t == 0, 1.0, t)[:, None]
 
+    def is_on(ctx: SamplingContext) -> Bool[Array, " B"]:
+        return (ctx.temperature != 0) & ctx.active
+
     positive = number_in(0.0, LARGEST, "must be a non-negative finite number")
     params = {
         "dynatemp_range": Param("float32", 0.0, positive),
         "dynatemp_exponent": Param("float32", 1.0, positive),
     }
     params |= temperature().params
-    return LogitsTransform(apply, params=params, keeps_order=True)
+    return LogitsTransform(apply, params=params, is_on=is_on, keeps_order=True)
 
 
 _COLDEST = 1e-6

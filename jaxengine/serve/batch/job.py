@@ -30,7 +30,13 @@ from jaxengine.serve.batch.parts import PartFolder
 from jaxengine.serve.batch.read import count, format_of, parquet_files
 from jaxengine.serve.batch.results import ResultWriter
 from jaxengine.serve.batch.rows import SEEDS, Row, max_tokens, passed_fields
-from jaxengine.serve.batch.sidecar import Sidecar, locked, model_identity
+from jaxengine.serve.batch.sidecar import (
+    Sidecar,
+    locked,
+    model_identity,
+    sampler_identity,
+    weights_identity,
+)
 
 HARMLESS = frozenset(
     """
@@ -75,7 +81,8 @@ def run(
       target: Output: a file, a name that ends in `.parquet` for a folder of parts, or "-".
       model_path: As for `Engine`; not needed with an engine.
       engine: One that is there already, and is left running.
-      sampler: As for `Engine`. That its code changed is not noticed: pass `overwrite` then.
+      sampler: As for `Engine`. Its code, what it closes over and the globals it names are part of
+        what the job is.
       engine_settings: Further settings of the engine.
       config: Settings of the job.
       **settings: The same, one by one.
@@ -85,7 +92,7 @@ def run(
 
     Raises:
       ConfigError: For settings, an input or an output that cannot be used, and for an output that
-        was begun with another model or other settings.
+        was begun with another model, another sampler or other settings.
       JobError: Beyond `max_errors`.
       OSError: When the disk is full, for example; run it again to go on.
     """
@@ -106,7 +113,8 @@ def run(
             held = locked(target, is_folder=is_folder, overwrite=config.overwrite)
             sidecar = stack.enter_context(held)
         job = {
-            "model": model_identity(folder) if folder else None,
+            "model": _model(engine, folder),
+            "sampler": sampler_identity(sampler if engine is None else engine.sampler),
             "engine": {k: v for k, v in (engine_settings or {}).items() if k not in HARMLESS},
             **config.identity(),
         }
@@ -237,6 +245,16 @@ def _decide(job: dict[str, Any], config: BatchConfig, sidecar: Sidecar | None) -
     seed = next((seed for seed in given if seed is not None), None)
     fresh = {"seed": fresh_seed() if seed is None else seed, "created": int(time.time())}
     return fresh if sidecar is None else sidecar.settle(job, fresh)
+
+
+def _model(engine: Any, folder: Path | None) -> str:
+    """Which weights: those of the checkpoint, unless the engine was given others."""
+    if engine is not None:
+        is_updated = engine.get_model_info()["weight_version"] != engine.config.weight_version
+        if folder is None or is_updated:
+            return weights_identity(engine.params)
+    assert folder is not None, "without an engine there is a model_path"
+    return model_identity(folder)
 
 
 def _model_folder(engine: Any, model_path: str) -> Path | None:

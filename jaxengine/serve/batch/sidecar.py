@@ -10,12 +10,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxengine.errors import ConfigError
 from jaxengine.serve.batch.parts import MANIFEST
 
 VERSION = 1
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 """How much of a weights file is looked at: fine-tunes differ everywhere."""
+
+SAMPLED_ITEMS = 1024
+"""Of an array in memory, likewise."""
 
 
 def model_identity(folder: Path) -> str:
@@ -38,6 +43,37 @@ def model_identity(folder: Path) -> str:
                 file.seek(i * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]
+
+
+def weights_identity(params: Any) -> str:
+    """The same for arrays in memory.
+
+    Args:
+      params: A pytree of them.
+    """
+    from jax import tree  # not before a job runs
+
+    digest = hashlib.sha256()
+    for array in tree.leaves(params):
+        step = max(1, array.size // SAMPLED_ITEMS)
+        digest.update(f"{array.shape} {array.dtype}".encode())
+        digest.update(np.asarray(array.ravel()[::step]).tobytes())
+    return f"arrays {digest.hexdigest()[:16]}"
+
+
+def sampler_identity(sampler: Any) -> str | None:
+    """The code of a sampler, what it closes over and the globals it names; None for the built-in.
+
+    Args:
+      sampler: As `Engine` takes it; None is the built-in one.
+    """
+    if sampler is None:
+        return None
+    from jaxengine.sampling import as_sampler, default_sampler
+    from jaxengine.sampling.identity import are_equal, digest_of
+
+    sampler = as_sampler(sampler)
+    return None if are_equal(sampler, default_sampler()) else f"code {digest_of(sampler)}"
 
 
 @contextlib.contextmanager
