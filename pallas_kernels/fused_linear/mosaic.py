@@ -1,16 +1,21 @@
-"""A weight product with its neighbours as one Mosaic GPU kernel, for many rows on Hopper.
+"""A weight product with its neighbours as one Pallas Mosaic GPU kernel, for many rows on Hopper.
 
-With many rows a product is bound by the tensor cores, and what comes after it by memory: so the
-neighbours are computed from the accumulators, while they are still in registers. One warpgroup per
-block fetches tiles, two multiply; blocks stay on their multiprocessor and take one tile of the
-result after another, so that the next tile's operands are on their way while one is finished.
+With many rows a product is bound by the tensor cores, and whatever follows it by memory: so the
+neighbours are computed from the sums while they are still in registers.
+
+Of three warpgroups in a block, the third only fetches: tiles of both operands go into a ring of
+buffers, over all tiles of the result that the block makes, so that the next tile's operands are on
+their way while one is finished. The first two multiply, each half of a tile's rows. The second
+starts some steps behind the first and stays behind: while one computes the neighbours, which
+leaves the tensor cores idle, the other multiplies. Two blocks of a cluster make tiles below one
+another, and each fetches half of the weight for both.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,242 +26,243 @@ from jax.extend import backend
 from jaxtyping import Array, Float
 
 from pallas_kernels.fused_linear import reference
+from pallas_kernels.fused_linear.kernel_call import Glu
+from pallas_kernels.fused_linear.tuning import BLOCK_K, BLOCK_M, ManyRowsConfig, find_config
 
-Glu = Callable[[jax.Array], jax.Array]
-
-_NUM_MATH = 2  # warpgroups that multiply
-_BLOCK_K = 64  # of bfloat16: 128 bytes, the widest swizzle
+_NUM_MULTIPLYING = 2  # warpgroups
+_ROWS = BLOCK_M // _NUM_MULTIPLYING  # of a warpgroup
+_NUM_OUT_SLOTS = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Tile and launch parameters.
+class _Call:
+    """What is static of a call."""
+
+    num_rows: int
+    depth: int
+    num_columns: int
+    is_gated: bool
+    config: ManyRowsConfig
+
+    @property
+    def num_parts(self) -> int:
+        """Tiles of the weight that make a tile of the result: the gate's and what it gates."""
+        return 2 if self.is_gated else 1
+
+    @property
+    def block_n(self) -> int:
+        """Columns of a tile of the result."""
+        return self.config.block_n // self.num_parts
+
+    @property
+    def chunk(self) -> int:
+        """Columns that are stored at once."""
+        return next(width for width in (64, 32, 16) if self.block_n % width == 0)
+
+    @property
+    def num_steps(self) -> int:
+        return self.depth // BLOCK_K
+
+    @property
+    def num_stages(self) -> int:
+        return min(self.config.num_stages, self.num_steps)
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Rows and columns of tiles; those of a cluster's blocks count as one."""
+        rows = self.num_rows // (BLOCK_M * self.config.cluster)
+        return rows, self.num_columns // self.block_n
+
+    @property
+    def num_tiles(self) -> int:
+        return math.prod(self.tiles)
+
+    def place(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First row and first column of this block's tile."""
+        m, n = plgpu.planar_snake(tile, self.tiles, self.config.minor, self.config.width)
+        if self.config.cluster > 1:
+            m = m * self.config.cluster + lax.axis_index("cluster")
+        return m * BLOCK_M, n * self.block_n
+
+    def weight_rows(self, column: jax.Array) -> list[Any]:
+        """Rows of the weight for the tile's columns, a slice per part."""
+        return [
+            pl.ds(column + part * self.num_columns, self.block_n) for part in range(self.num_parts)
+        ]
+
+    def next_slot(self, slot: jax.Array) -> jax.Array:
+        return jnp.where(slot == self.num_stages - 1, 0, slot + 1)
+
+    def for_tiles(self, body: Any) -> jax.Array:
+        """Runs `body(place, is_first, slot) -> slot` for the block's tiles."""
+
+        def one(info: plgpu.NDLoopInfo, carry: jax.Array) -> jax.Array:
+            return body(*self.place(info.index[0]), info.local_index == 0, carry)
+
+        loop = plgpu.nd_loop((self.num_tiles,), collective_axes="blocks", init_carry=jnp.int32(0))
+        return loop(one)
+
+
+class _Shared(NamedTuple):
+    """What the warpgroups of a block share.
 
     Attributes:
-      block_m: Rows of a tile, half of them for each of two warpgroups: 128 or 256.
-      block_n: Rows of the weight that meet in a tile, at most 256; with a gate half of them gates.
-      num_stages: Tiles of both operands that are in flight at a time.
-      cluster: Blocks that take tiles below one another and fetch the weight once: 1 or 2.
-      minor: Which way neighbouring tiles lie: 0 below one another, 1 beside one another.
-      width: How many tiles lie that way before the next line.
-      lag: Steps by which the second warpgroup starts later, so that one multiplies while the other
-        finishes its tile.
+      x: Ring of tiles of `x`.
+      w: Ring of tiles of the weight, part below part.
+      out: Slots of either multiplying warpgroup, for what is on its way to memory.
+      full: Both tiles of a place in the ring have come.
+      empty: Nobody reads a place in the ring any more.
+      started: The first warpgroup is so far that the second may start; None without a lag.
     """
 
-    block_m: int = 128
-    block_n: int = 256
-    num_stages: int = 4
-    cluster: int = 1
-    minor: int = 0
-    width: int = 8
-    lag: int = 0
-    direct: bool = False
-    slots: int = 0
+    x: Any
+    w: Any
+    out: Any
+    full: Any
+    empty: Any
+    started: Any
+
+
+def _fetch(x_ref, w_ref, shared: _Shared, call: _Call) -> None:
+    plgpu.set_max_registers(40, action="decrease")
+
+    def fetch_tile(row, column, is_first, slot):
+        del is_first
+
+        def step(k, slot):
+            plgpu.barrier_wait(shared.empty.at[slot])
+            depth = pl.ds(k * BLOCK_K, BLOCK_K)
+            full = shared.full.at[slot]
+            plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, BLOCK_M), depth], shared.x.at[slot], full)
+            for part, rows in enumerate(call.weight_rows(column)):
+                plgpu.copy_gmem_to_smem(
+                    w_ref.at[rows, depth],
+                    shared.w.at[slot, pl.ds(part * call.block_n, call.block_n)],
+                    full,
+                    collective_axes="cluster" if call.config.cluster > 1 else None,
+                )
+            return call.next_slot(slot)
+
+        return lax.fori_loop(0, call.num_steps, step, slot)
+
+    def drain(_, slot):
+        plgpu.barrier_wait(shared.empty.at[slot])
+        return call.next_slot(slot)
+
+    # No block may leave while its neighbour still tells it what it has read.
+    lax.fori_loop(0, call.num_stages, drain, call.for_tiles(fetch_tile))
+
+
+def _multiply(bias_ref, residual_ref, out_ref, shared: _Shared, call: _Call) -> None:
+    plgpu.set_max_registers(232, action="increase")
+    warpgroup = lax.axis_index("wg")
+    for slot in range(call.num_stages):
+        plgpu.barrier_arrive(shared.empty.at[slot])
+    if shared.started is not None:
+        pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(shared.started))
+
+    def multiply_tile(row, column, is_first, slot):
+        rows = pl.ds(row + warpgroup * _ROWS, _ROWS)
+        residual = None
+        if residual_ref is not None:  # comes while the product is computed
+            residual = plgpu.load(
+                residual_ref.at[rows, pl.ds(column, call.block_n)],
+                layout=plgpu.Layout.WGMMA,
+                optimized=False,
+            )
+        sums, slot = pl.run_scoped(
+            lambda acc: _product(acc, is_first, slot, shared, call),
+            plgpu.ACC((_ROWS, call.config.block_n), jnp.float32),
+        )
+        parts = [
+            sums[:, part * call.block_n : (part + 1) * call.block_n]
+            for part in range(call.num_parts)
+        ]
+        if bias_ref is not None:
+            places = call.weight_rows(column)
+            parts = [p + _row(bias_ref.at[at], p) for p, at in zip(parts, places, strict=True)]
+        out = _silu(parts[0]) * parts[1] if call.is_gated else parts[0]
+        if residual is not None:
+            out += residual.astype(jnp.float32)
+        _store(out.astype(out_ref.dtype), out_ref.at[rows], column, shared.out.at[warpgroup], call)
+        return slot
+
+    call.for_tiles(multiply_tile)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _product(acc, is_first, slot, shared: _Shared, call: _Call):
+    """Sums up a tile over the whole depth; one step's product runs while the next is awaited."""
+    warpgroup = lax.axis_index("wg")
+
+    def start(slot):
+        plgpu.barrier_wait(shared.full.at[slot])
+        x = shared.x.at[slot, pl.ds(warpgroup * _ROWS, _ROWS)]
+        plgpu.wgmma(acc, x, shared.w.at[slot].transpose((1, 0)))
+
+    def step(k, slots):
+        slot, before = slots
+        start(slot)
+        plgpu.wgmma_wait(1)
+        plgpu.barrier_arrive(shared.empty.at[before])
+        if shared.started is not None:
+            is_time = is_first & (k == call.config.lag) & (warpgroup == 0)
+            pl.when(is_time)(lambda: plgpu.barrier_arrive(shared.started))
+        return call.next_slot(slot), slot
+
+    start(slot)
+    slot, before = lax.fori_loop(1, call.num_steps, step, (call.next_slot(slot), slot))
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(shared.empty.at[before])
+    return acc[...], slot
+
+
+def _row(ref, like: jax.Array) -> jax.Array:
+    row = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+    return lax.broadcast_in_dim(row.astype(jnp.float32), like.shape, [1])
 
 
 def _silu(x: jax.Array) -> jax.Array:
-    # The reciprocal as a square: a division is many instructions, this is one.
+    # The sigmoid as a square: a reciprocal would be many instructions, this is one.
     root = lax.rsqrt(1.0 + jnp.exp(-x))
     return x * (root * root)
 
 
-def _swizzled(width: int) -> tuple[Any, ...]:
-    swizzle = plgpu.find_swizzle(width * 16)
-    return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
+def _store(out: jax.Array, out_ref, column: jax.Array, slots, call: _Call) -> None:
+    for i in range(call.block_n // call.chunk):
+        slot = slots.at[i % _NUM_OUT_SLOTS]
+        plgpu.wait_smem_to_gmem(_NUM_OUT_SLOTS - 1, wait_read_only=True)
+        slot[...] = out[:, i * call.chunk : (i + 1) * call.chunk]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(slot, out_ref.at[:, pl.ds(column + i * call.chunk, call.chunk)])
 
 
-def _kernel(x_ref, w_ref, bias_ref, residual_ref, out_ref, *, is_gated: bool, config: Config):
-    num_rows, depth = x_ref.shape
-    out_n = config.block_n // (2 if is_gated else 1)
-    rows = config.block_m // _NUM_MATH
-    num_steps = depth // _BLOCK_K
-    stages = min(config.num_stages, num_steps)
-    chunk = next(c for c in (64, 32, 16) if out_n % c == 0)
-    chunks = out_n // chunk
-    slots = min(config.slots or chunks, chunks)
-    if residual_ref is not None and not config.direct:
-        slots = chunks
-    tiles = (num_rows // (config.block_m * config.cluster), out_ref.shape[1] // out_n)
-    parts = 2 if is_gated else 1
-    part = config.block_n // parts
-    is_shared = config.cluster > 1
+def _kernel(x_ref, w_ref, bias_ref, residual_ref, out_ref, *, call: _Call) -> None:
+    def run(*buffers):
+        shared = _Shared(*buffers)
+        is_multiplying = lax.axis_index("wg") < _NUM_MULTIPLYING
+        pl.when(is_multiplying)(lambda: _multiply(bias_ref, residual_ref, out_ref, shared, call))
+        pl.when(~is_multiplying)(lambda: _fetch(x_ref, w_ref, shared, call))
 
-    def scoped(x_smem, w_smem, out_smem, full, empty, residual_full, lagging):
-        wg = lax.axis_index("wg")
+    def smem(shape: tuple[int, ...]) -> Any:
+        swizzle = plgpu.find_swizzle(8 * shape[-1] * x_ref.dtype.itemsize)
+        tiling = plgpu.TilingTransform((8, swizzle // x_ref.dtype.itemsize))
+        return plgpu.SMEM(shape, x_ref.dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
-        def tile_of(index: jax.Array) -> tuple[jax.Array, jax.Array]:
-            m, n = plgpu.planar_snake(index, tiles, config.minor, config.width)
-            if is_shared:
-                m = m * config.cluster + lax.axis_index("cluster")
-            return m * config.block_m, n
-
-        @pl.when(wg == _NUM_MATH)
-        def _fetch():
-            plgpu.set_max_registers(40, action="decrease")
-
-            def tile(info, carry):
-                m, n = tile_of(info.index[0])
-
-                def step(k, slot):
-                    plgpu.barrier_wait(empty.at[slot])
-                    ks = pl.ds(k * _BLOCK_K, _BLOCK_K)
-                    plgpu.copy_gmem_to_smem(
-                        x_ref.at[pl.ds(m, config.block_m), ks], x_smem.at[slot], full.at[slot]
-                    )
-                    for i in range(parts):
-                        plgpu.copy_gmem_to_smem(
-                            w_ref.at[pl.ds(n * part + i * out_ref.shape[1], part), ks],
-                            w_smem.at[slot, pl.ds(i * part, part)],
-                            full.at[slot],
-                            collective_axes="cluster" if is_shared else None,
-                        )
-                    return _next(slot, stages)
-
-                return lax.fori_loop(0, num_steps, step, carry)
-
-            last = plgpu.nd_loop(
-                (math.prod(tiles),), collective_axes="blocks", init_carry=jnp.int32(0)
-            )(tile)
-            # Nobody may leave while a neighbour still writes here.
-            lax.fori_loop(0, stages, lambda _, slot: _drain(empty, slot, stages), last)
-
-        @pl.when(wg < _NUM_MATH)
-        def _multiply():
-            plgpu.set_max_registers(232, action="increase")
-            for slot in range(stages):
-                plgpu.barrier_arrive(empty.at[slot])
-            mine = pl.ds(wg * rows, rows)
-            if config.lag:
-                @pl.when(wg == 1)
-                def _():
-                    plgpu.barrier_wait(lagging)
-
-            def tile(info, carry):
-                m, n = tile_of(info.index[0])
-                m = m + wg * rows
-
-                def of_chunk(ref, i):
-                    return ref.at[pl.ds(m, rows), pl.ds(n * out_n + i * chunk, chunk)]
-
-                if residual_ref is not None and config.direct:
-                    residual = plgpu.load(
-                        residual_ref.at[pl.ds(m, rows), pl.ds(n * out_n, out_n)],
-                        layout=plgpu.Layout.WGMMA,
-                        optimized=False,
-                    )
-                elif residual_ref is not None:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    for i in range(chunks):
-                        plgpu.copy_gmem_to_smem(
-                            of_chunk(residual_ref, i), out_smem.at[wg, i], residual_full.at[wg]
-                        )
-
-                def product(acc):
-                    def multiply(slot):
-                        plgpu.barrier_wait(full.at[slot])
-                        plgpu.wgmma(
-                            acc, x_smem.at[slot, mine], w_smem.at[slot].transpose((1, 0))
-                        )
-
-                    def step(k, slots):
-                        slot, before = slots
-                        multiply(slot)
-                        plgpu.wgmma_wait(1)
-                        plgpu.barrier_arrive(empty.at[before])
-                        if config.lag:
-                            @pl.when((k == config.lag) & (info.local_index == 0) & (wg == 0))
-                            def _():
-                                plgpu.barrier_arrive(lagging)
-                        return _next(slot, stages), slot
-
-                    multiply(carry)
-                    slot, before = lax.fori_loop(
-                        1, num_steps, step, (_next(carry, stages), carry)
-                    )
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(empty.at[before])
-                    return acc[...], slot
-
-                acc, slot = pl.run_scoped(
-                    product, plgpu.ACC((rows, config.block_n), jnp.float32)
-                )
-                sums = [acc[:, i * part : (i + 1) * part] for i in range(parts)]
-                if bias_ref is not None:
-                    sums = [
-                        s
-                        + lax.broadcast_in_dim(
-                            plgpu.load(
-                                bias_ref.at[pl.ds(n * part + i * out_ref.shape[1], part)],
-                                layout=plgpu.Layout.WGMMA.reduce(0),
-                                optimized=False,
-                            ).astype(jnp.float32),
-                            s.shape,
-                            [1],
-                        )
-                        for i, s in enumerate(sums)
-                    ]
-                out = _silu(sums[0]) * sums[1] if is_gated else sums[0]
-                if residual_ref is None or config.direct:
-                    if slots == chunks:
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                else:
-                    plgpu.barrier_wait(residual_full.at[wg])
-                if residual_ref is not None and config.direct:
-                    out += residual.astype(jnp.float32)
-                for i in range(chunks):
-                    piece = out[:, i * chunk : (i + 1) * chunk]
-                    if slots < chunks:
-                        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-                        out_smem[wg, i % slots] = piece.astype(out_ref.dtype)
-                        plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(out_smem.at[wg, i % slots], of_chunk(out_ref, i))
-                        continue
-                    if residual_ref is not None and not config.direct:
-                        piece += plgpu.load(
-                            out_smem.at[wg, i], layout=plgpu.Layout.WGMMA
-                        ).astype(jnp.float32)
-                    out_smem[wg, i] = piece.astype(out_ref.dtype)
-                if slots < chunks:
-                    return slot
-                plgpu.commit_smem()
-                for i in range(chunks):
-                    plgpu.copy_smem_to_gmem(out_smem.at[wg, i], of_chunk(out_ref, i))
-                return slot
-
-            plgpu.nd_loop((math.prod(tiles),), collective_axes="blocks", init_carry=jnp.int32(0))(
-                tile
-            )
-            plgpu.wait_smem_to_gmem(0)
-
-    dtype = x_ref.dtype
-    empty: Any = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
+    stages, config = call.num_stages, call.config
+    arrivals = dict(num_barriers=stages, num_arrivals=_NUM_MULTIPLYING)
     pl.run_scoped(
-        scoped,
-        plgpu.SMEM((stages, config.block_m, _BLOCK_K), dtype, transforms=_swizzled(_BLOCK_K)),
-        plgpu.SMEM((stages, config.block_n, _BLOCK_K), dtype, transforms=_swizzled(_BLOCK_K)),
-        plgpu.SMEM((_NUM_MATH, slots, rows, chunk), dtype, transforms=_swizzled(chunk)),
-        plgpu.Barrier(num_barriers=stages, num_arrivals=1 + parts),
-        (empty if is_shared else plgpu.Barrier)(num_barriers=stages, num_arrivals=_NUM_MATH),
-        None
-        if residual_ref is None or config.direct
-        else plgpu.Barrier(num_barriers=_NUM_MATH, num_arrivals=chunks),
+        run,
+        smem((stages, BLOCK_M, BLOCK_K)),
+        smem((stages, config.block_n, BLOCK_K)),
+        smem((_NUM_MULTIPLYING, _NUM_OUT_SLOTS, _ROWS, call.chunk)),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=1 + call.num_parts),
+        plgpu.ClusterBarrier(collective_axes=("cluster",), **arrivals)
+        if config.cluster > 1
+        else plgpu.Barrier(**arrivals),
         plgpu.Barrier() if config.lag else None,
         collective_axes="wg",
     )
-
-
-def _next(slot: jax.Array, stages: int) -> jax.Array:
-    return jnp.where(slot == stages - 1, 0, slot + 1)
-
-
-def _drain(empty: Any, slot: jax.Array, stages: int) -> jax.Array:
-    plgpu.barrier_wait(empty.at[slot])
-    return _next(slot, stages)
-
-
-def _num_multiprocessors() -> int:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.num_cores if device else backend.get_default_device().core_count
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "glu", "config"))
@@ -269,42 +275,80 @@ def fused_linear(
     *,
     eps: float = 0.0,
     glu: Glu | None = None,
-    config: Config | None = None,
+    config: ManyRowsConfig | None = None,
 ) -> Float[Array, "M N"]:
-    """Multiplies `x` by a weight, with what comes before and after; see `api.fused_linear`."""
-    config = config or Config()
+    """Multiplies `x` by a weight, with what comes before and after; see `api.fused_linear`.
+
+    Everything but the norm, which is computed before, is part of the kernel, in float32.
+
+    Args:
+      config: Tile parameters; None takes those of `tuning`.
+
+    Raises:
+      NotImplementedError: The GPU is no Hopper, the gate is not `jax.nn.silu`, the dtype is not
+        bfloat16, the shape is no multiple of the tile, or a plain product is faster.
+    """
+    config = config or find_config(x, weight, is_gated=glu is not None)
+    _check(x, weight, glu, config)
+    assert isinstance(config, ManyRowsConfig)
     if norm_weight is not None:
         x = reference.rms_norm(x, norm_weight, eps)
-    num_columns = weight.shape[0] // (1 if glu is None else 2)
-    operands = dict(bias=bias, residual=residual)
-    given = [name for name, operand in operands.items() if operand is not None]
+    call = _Call(
+        num_rows=x.shape[0],
+        depth=x.shape[1],
+        num_columns=weight.shape[0] // (1 if glu is None else 2),
+        is_gated=glu is not None,
+        config=config,
+    )
+    is_given = [operand is not None for operand in (bias, residual)]
 
     def kernel(x_ref, w_ref, *refs):
         *optional, out_ref = refs
-        by_name = dict(zip(given, optional, strict=True))
-        _kernel(
-            x_ref,
-            w_ref,
-            by_name.get("bias"),
-            by_name.get("residual"),
-            out_ref,
-            is_gated=glu is not None,
-            config=config,
-        )
+        given = iter(optional)
+        neighbours = [next(given) if is_there else None for is_there in is_given]
+        _kernel(x_ref, w_ref, *neighbours, out_ref, call=call)
 
-    num_tiles = (x.shape[0] // (config.block_m * config.cluster)) * (
-        weight.shape[0] // config.block_n
-    )
     kernel.__name__ = "fused_linear"
+    is_cluster = config.cluster > 1
+    # Every block has a tile, or its second warpgroup would wait forever for the first.
+    num_blocks = min(_device().num_blocks // config.cluster, call.num_tiles)
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((x.shape[0], num_columns), x.dtype),
-        # Every block has a tile: the second warpgroup waits for the first one's start.
-        grid=(min(_num_multiprocessors() // config.cluster, num_tiles),),
+        out_type=jax.ShapeDtypeStruct((call.num_rows, call.num_columns), x.dtype),
+        grid=(num_blocks,),
         grid_names=("blocks",),
-        cluster=(config.cluster,) if config.cluster > 1 else (),
-        cluster_names=("cluster",) if config.cluster > 1 else (),
-        num_threads=_NUM_MATH + 1,
+        cluster=(config.cluster,) if is_cluster else (),
+        cluster_names=("cluster",) if is_cluster else (),
+        num_threads=_NUM_MULTIPLYING + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-    )(x, weight, *(operands[name] for name in given))
+    )(x, weight, *(operand for operand in (bias, residual) if operand is not None))
+
+
+class _Device(NamedTuple):
+    kind: str
+    num_blocks: int
+    """Multiprocessors: as many blocks run at a time."""
+
+
+def _device() -> _Device:
+    """The GPU that is compiled for: the one of the mesh, which may be absent, or the default."""
+    if abstract := jax.sharding.get_abstract_mesh().abstract_device:
+        return _Device(abstract.device_kind, abstract.num_cores)
+    device = backend.get_default_device()
+    return _Device(device.device_kind, getattr(device, "core_count", 0))
+
+
+def _check(x: jax.Array, weight: jax.Array, glu: Glu | None, config: Any) -> None:
+    def refuse(reason: str) -> None:
+        raise NotImplementedError(f"{x.shape[0]} rows of {x.dtype} times {weight.shape}: {reason}")
+
+    kind = _device().kind
+    if not re.search(r"\bG?H(20|100|200|800)\b", kind):
+        refuse(f"needs a Hopper GPU, not {kind}")
+    if glu not in (None, jax.nn.silu):
+        refuse(f"the gate of a gated unit is jax.nn.silu here, not {glu}")
+    if not isinstance(config, ManyRowsConfig):
+        refuse("another kernel or a plain product is faster")
+    if x.dtype != jnp.bfloat16 or not config.fits(*x.shape, weight.shape[0]):
+        refuse(f"must be bfloat16 and a multiple of the tile, {config}")
