@@ -3,6 +3,7 @@
 Every check raises RequestError. Knows nothing of tokenising and of jax.
 """
 
+import array
 import math
 import reprlib
 import uuid
@@ -69,11 +70,11 @@ def is_list_of_prompts(input_ids: Any) -> bool:
 def token_ids(ids: Any, place: str, vocab_size: int) -> np.ndarray:
     """Ids of one prompt, each in the vocabulary."""
     if hasattr(ids, "ndim"):
-        array = np.asarray(ids)
-        if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
-            got = f"shape {array.shape} and dtype {array.dtype}"
+        row = np.asarray(ids)
+        if row.ndim != 1 or (row.dtype.kind not in "iu" and row.size):
+            got = f"shape {row.shape} and dtype {row.dtype}"
             raise RequestError(f"{place} must be a row of integers, got an array of {got}.")
-        ids = array.tolist()
+        ids = row.tolist()
     if not isinstance(ids, list | tuple):
         raise RequestError(f"{place} must be a list of ids, got {type(ids).__name__}.")
     if not ids:
@@ -83,11 +84,17 @@ def token_ids(ids: Any, place: str, vocab_size: int) -> np.ndarray:
             if not isinstance(token_id, Integral) or isinstance(token_id, bool):
                 got = f"{reprlib.repr(token_id)} at position {position}"
                 raise RequestError(f"{place} must hold integers only, got {got}.")
-    if min(ids) < 0 or max(ids) >= vocab_size:
+    try:
+        # Of 512 ids in 10 us, where numpy takes 30 to read a list.
+        wide = np.frombuffer(array.array("q", ids), np.int64)
+        is_known = int(wide.view(np.uint64).max()) < vocab_size
+    except OverflowError:
+        is_known = False
+    if not is_known:
         position, bad = next((i, t) for i, t in enumerate(ids) if not 0 <= t < vocab_size)
         got = f"got {bad} at position {position}"
         raise RequestError(f"{place} must be in the vocabulary, [0, {vocab_size}); {got}.")
-    return np.array(ids, np.int32)
+    return wide.astype(np.int32)
 
 
 def is_list_of_embeds(value: Any) -> bool:

@@ -3,6 +3,7 @@
 All of a call is checked before any of it is queued. Knows nothing of tokenising and of jax.
 """
 
+import dataclasses
 import functools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from jaxengine.compat import GENERATE_ARGUMENTS, SAMPLING_PARAMETERS, nearest
 from jaxengine.errors import RequestError
 from jaxengine.generate_arguments import DEFAULTS
 from jaxengine.log import logger
-from jaxengine.params import SamplingParams, parse_sampling_params
+from jaxengine.params import ParsedParams, SamplingParams, parse_sampling_params
 from jaxengine.types import HiddenFormat, HiddenStates, Param
 
 _ONE_A_PROMPT = (
@@ -142,91 +143,141 @@ def parse_call(
     if given["input_ids"] is not None and tokenizer is None:
         # Ray's stage for SGLang sends both; without a tokenizer only the ids can be meant.
         given["prompt"] = None
-    on_error, form = given["on_error"], given["hidden_states_format"]
+    on_error = given["on_error"]
     checks.choice("on_error", on_error, ("raise", "return"))
-    checks.choice("hidden_states_format", form, ("numpy", "sglang"))
-    kind, rows, is_list = _rows(given, tokenizer)
-    count = len(rows)
-    rids = checks.rids_of(given["rid"], count, is_list)
-    each = {name: checks.spread(name, given[name], count, is_list) for name in _ONE_A_PROMPT}
-    id_rows = checks.logprob_rows(given["token_ids_logprob"], count, is_list)
-    friends = checks.companion_rows(given["companions"], count, is_list)
-    parse_params = functools.partial(
-        parse_sampling_params, specs=specs, vocab_size=vocab_size, tokenizer=tokenizer
-    )
-    # One for all is parsed once, and what is wrong with it is wrong with the call.
-    is_shared = not isinstance(given["sampling_params"], list | tuple)
-    shared = parse_params(given["sampling_params"], index=None) if is_shared else None
-
-    def parse(i: int) -> PromptRequest:
-        def place(name: str) -> str:
-            return checks.place_of(name, i, is_list)
-
-        def integer(name: str, low: int, high: int = checks.INT32_MAX) -> int | None:
-            return checks.integer(each[name][i], place(name), low, high)
-
-        wants = checks.flag(each["return_logprob"][i], place("return_logprob"))
-        top = integer("top_logprobs_num", 0, max_top_logprobs)
-        start = integer("logprob_start_len", -1)
-        logprob_ids = checks.logprob_ids(id_rows[i], place("token_ids_logprob"), vocab_size)
-        salt, key = each["cache_salt"][i], each["extra_key"][i]
-        hidden = each["return_hidden_states"][i]
-        parsed = shared or parse_params(each["sampling_params"][i], index=i)
-        text, ids, embeds = None, None, None
-        if kind == "prompt":
-            text = checks.checked_text(rows[i], i, is_list)
-        elif kind == "input_ids":
-            ids = checks.token_ids(rows[i], place(kind), vocab_size)
-        else:
-            embeds = checks.embeds(rows[i], place(kind), hidden_size)
-            ids = np.full(len(embeds), -1, np.int32)
-            _check_goes_with_embeds(friends[i], start)
-        return PromptRequest(
-            index=i,
-            seed_key=i if seed_key is None else seed_key,
-            rid=rids[i],
-            text=text,
-            input_ids=ids,
-            params=parsed.params,
-            values=parsed.values,
-            return_logprob=wants,
-            # As in SGLang, `return_logprob` is what turns the others on.
-            num_top_logprobs=(top or 0) * wants,
-            logprob_ids=logprob_ids if wants else (),
-            logprob_start=start if wants and start is not None and start >= 0 else None,
-            companions=tuple(
-                checks.companion(friend, place("companions"), vocab_size, tokenizer)
-                for friend in friends[i]
-            ),
-            hidden_states=checks.hidden_states(hidden, place("return_hidden_states")),
-            hidden_format=form,
-            embeds=embeds,
-            has_prompt_ids=bool(given["return_prompt_token_ids"]),
-            cache_namespace=checks.namespace(salt, key, place)
-            # What came of embeddings is found by samples of the same prompt, and nobody else.
-            if embeds is None
-            else object(),
-            priority=integer("priority", -checks.INT32_MAX),
-            timeout_s=checks.timeout(each["timeout_s"][i], place("timeout_s")),
-        )
-
+    checks.choice("hidden_states_format", given["hidden_states_format"], ("numpy", "sglang"))
+    limits = _Limits(specs, vocab_size, hidden_size, max_top_logprobs)
+    prompts = _Prompts(given, seed_key, limits, tokenizer)
     requests: list[PromptRequest | Refused] = []
-    for i in range(count):
+    for i, rid in enumerate(prompts.rids):
         try:
-            requests.append(parse(i))
+            requests.append(prompts.request(i))
         except RequestError as error:
             if on_error == "raise":
                 raise
-            requests.append(Refused(rids[i], error))
-    n = shared.params.n if shared else _common_n(requests)
+            requests.append(Refused(rid, error))
+    n = prompts.shared.params.n if prompts.shared else _common_n(requests)
     return ParsedCall(
         requests,
         n,
-        is_single=not is_list and n == 1,
+        is_single=not prompts.is_list and n == 1,
         is_streaming=bool(given["stream"]),
         has_text=bool(given["return_text_in_logprobs"]),
         returns_errors=on_error == "return",
     )
+
+
+class _Limits(NamedTuple):
+    """What values are checked against; see `parse_call`."""
+
+    specs: Mapping[str, Param]
+    vocab_size: int
+    hidden_size: int
+    max_top_logprobs: int
+
+
+class _Prompts:
+    """The prompts of one call, laid out: what is wrong with the layout is wrong with the call."""
+
+    def __init__(
+        self, given: Mapping[str, Any], seed_key: int | str | None, limits: _Limits, tokenizer: Any
+    ) -> None:
+        self._given, self._seed_key = given, seed_key
+        self._limits, self._tokenizer = limits, tokenizer
+        self._kind, self._rows, self.is_list = _rows(given, tokenizer)
+        count = len(self._rows)
+        self.rids = checks.rids_of(given["rid"], count, self.is_list)
+        self._each = {
+            name: checks.spread(name, given[name], count, self.is_list) for name in _ONE_A_PROMPT
+        }
+        self._id_rows = checks.logprob_rows(given["token_ids_logprob"], count, self.is_list)
+        self._friends = checks.companion_rows(given["companions"], count, self.is_list)
+        # One for all is parsed once, and what is wrong with it is wrong with the call.
+        is_shared = not isinstance(given["sampling_params"], list | tuple)
+        self.shared = self._params(given["sampling_params"], None) if is_shared else None
+
+    def request(self, i: int) -> PromptRequest:
+        """One of them, checked."""
+        each = {name: values[i] for name, values in self._each.items()}
+        parsed = self.shared or self._params(each["sampling_params"], i)
+        text, ids, embeds = self._content(i)
+        salt, key = each["cache_salt"], each["extra_key"]
+        namespace = checks.namespace(salt, key, lambda name: self._place(name, i))
+        return PromptRequest(
+            index=i,
+            seed_key=i if self._seed_key is None else self._seed_key,
+            rid=self.rids[i],
+            text=text,
+            input_ids=ids,
+            params=parsed.params,
+            values=parsed.values,
+            **self._logprobs(i),
+            companions=self._companions(i),
+            hidden_states=checks.hidden_states(
+                each["return_hidden_states"], self._place("return_hidden_states", i)
+            ),
+            hidden_format=self._given["hidden_states_format"],
+            embeds=embeds,
+            has_prompt_ids=bool(self._given["return_prompt_token_ids"]),
+            # What came of embeddings is found by samples of the same prompt, and nobody else.
+            cache_namespace=namespace if embeds is None else object(),
+            priority=self._integer("priority", i, -checks.INT32_MAX),
+            timeout_s=checks.timeout(each["timeout_s"], self._place("timeout_s", i)),
+        )
+
+    def _place(self, name: str, i: int) -> str:
+        return checks.place_of(name, i, self.is_list)
+
+    def _params(self, raw: Any, index: int | None) -> ParsedParams:
+        return parse_sampling_params(
+            raw,
+            self._limits.specs,
+            index=index,
+            vocab_size=self._limits.vocab_size,
+            tokenizer=self._tokenizer,
+        )
+
+    def _integer(self, name: str, i: int, low: int, high: int = checks.INT32_MAX) -> int | None:
+        return checks.integer(self._each[name][i], self._place(name, i), low, high)
+
+    def _content(self, i: int) -> tuple[str | None, np.ndarray | None, np.ndarray | None]:
+        """The prompt's text, or its ids, or ids that stand for embeddings and these."""
+        row, place = self._rows[i], self._place(self._kind, i)
+        if self._kind == "prompt":
+            return checks.checked_text(row, i, self.is_list), None, None
+        if self._kind == "input_ids":
+            return None, checks.token_ids(row, place, self._limits.vocab_size), None
+        embeds = checks.embeds(row, place, self._limits.hidden_size)
+        start = self._integer("logprob_start_len", i, -1)
+        if self._friends[i] or (start is not None and start >= 0):
+            raise RequestError(
+                "`input_embeds` have no token ids, so they go neither with `companions` nor with "
+                "`logprob_start_len`; pass `input_ids`, or leave these out."
+            )
+        return None, np.full(len(embeds), -1, np.int32), embeds
+
+    def _logprobs(self, i: int) -> dict[str, Any]:
+        """What is asked of logprobs; as in SGLang, `return_logprob` is what turns it all on."""
+        place = self._place("token_ids_logprob", i)
+        wants = checks.flag(self._each["return_logprob"][i], self._place("return_logprob", i))
+        top = self._integer("top_logprobs_num", i, 0, self._limits.max_top_logprobs)
+        start = self._integer("logprob_start_len", i, -1)
+        ids = checks.logprob_ids(self._id_rows[i], place, self._limits.vocab_size)
+        if not wants:
+            return {}
+        return {
+            "return_logprob": True,
+            "num_top_logprobs": top or 0,
+            "logprob_ids": ids,
+            "logprob_start": None if start is None or start < 0 else start,
+        }
+
+    def _companions(self, i: int) -> tuple[str | np.ndarray, ...]:
+        place, vocab_size = self._place("companions", i), self._limits.vocab_size
+        return tuple(
+            checks.companion(friend, place, vocab_size, self._tokenizer)
+            for friend in self._friends[i]
+        )
 
 
 def group_size(arguments: Mapping[str, Any]) -> int:
@@ -243,13 +294,16 @@ def group_size(arguments: Mapping[str, Any]) -> int:
 
 
 def _check_others(others: Mapping[str, Any], specs: Mapping[str, Param]) -> None:
+    if not others:
+        return
+    params = {*specs, *(field.name for field in dataclasses.fields(SamplingParams))}
     for name, value in others.items():
         known = GENERATE_ARGUMENTS.get(name)
         if known is None or known.fate == "honoured":
-            if name in specs or name in SAMPLING_PARAMETERS or hasattr(SamplingParams, name):
+            if name in params or name in SAMPLING_PARAMETERS:
                 hint = "; it is a sampling parameter: put it into `sampling_params`."
             else:
-                hint = nearest(name, (*DEFAULTS, *GENERATE_ARGUMENTS))
+                hint = nearest(name, (*DEFAULTS, *params, *GENERATE_ARGUMENTS))
             raise TypeError(f"generate() got an unexpected keyword argument `{name}`{hint}")
         if known.fate == "ignored":
             _warn_once(name, known.why)
@@ -281,14 +335,6 @@ def _rows(given: Mapping[str, Any], tokenizer: Any) -> tuple[str, list[Any], boo
     of_many = checks.is_list_of_prompts if kind == "input_ids" else checks.is_list_of_embeds
     is_list = of_many(prompts)
     return kind, list(prompts) if is_list else [prompts], is_list
-
-
-def _check_goes_with_embeds(companions: Any, logprob_start: int | None) -> None:
-    if companions or (logprob_start is not None and logprob_start >= 0):
-        raise RequestError(
-            "`input_embeds` have no token ids, so they go neither with `companions` nor with "
-            "`logprob_start_len`; pass `input_ids`, or leave these out."
-        )
 
 
 def _common_n(requests: list[PromptRequest | Refused]) -> int:

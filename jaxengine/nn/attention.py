@@ -15,6 +15,7 @@ from jaxengine.nn.rope import Rotation, rotate
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
 from pallas_kernels.ragged_prefill_attention.api import ragged_prefill_attention
+from pallas_kernels.rotate_and_write.api import rotate_and_write
 
 
 @jax.tree_util.register_dataclass
@@ -62,10 +63,11 @@ def paged_attention(
         return _per_shard(step, ctx, in_specs, (heads, pages))(
             q, k, v, *angles, kv_pages, meta.page_table, meta.kv_lens
         )
-    q, k = rotate(q, angles), rotate(k, angles)
-    with jax.named_scope("write_kv"):
-        kv = jnp.stack([k, v], axis=1).astype(kv_pages.dtype)
-        kv_pages = kv_pages.at[meta.write_pages, :, :, meta.write_offsets].set(kv)
+    write = functools.partial(rotate_and_write, implementation=ctx.kernels)
+    in_specs = (heads, heads, heads, Spec(), Spec(), pages, Spec(), Spec())
+    q, kv_pages = _per_shard(write, ctx, in_specs, (heads, pages))(
+        q, k, v, *angles, kv_pages, meta.write_pages, meta.write_offsets
+    )
     attend = functools.partial(ragged_prefill_attention, scale=scale, implementation=ctx.kernels)
     in_specs = (heads, pages, Spec(), Spec(), Spec())
     out = _per_shard(attend, ctx, in_specs, heads)(

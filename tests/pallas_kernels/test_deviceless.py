@@ -15,6 +15,8 @@ from pallas_kernels.paged_decode_attention import arg_specs as decode_specs
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
 from pallas_kernels.ragged_prefill_attention import arg_specs as prefill_specs
 from pallas_kernels.ragged_prefill_attention.api import ragged_prefill_attention
+from pallas_kernels.rotate_and_write import arg_specs as write_specs
+from pallas_kernels.rotate_and_write.api import rotate_and_write
 from pallas_kernels.top_k import arg_specs as top_k_specs
 from pallas_kernels.top_k.api import top_k
 from pallas_kernels.vocab_blocks import arg_specs as block_specs
@@ -26,10 +28,11 @@ pytestmark = pytest.mark.deviceless
 
 TRITON_CALL = 'custom_call_target="__gpu$xla.gpu.triton"'
 
-Spec = decode_specs.ArgSpec | prefill_specs.ArgSpec | linear_specs.ArgSpec
+Spec = decode_specs.ArgSpec | prefill_specs.ArgSpec | linear_specs.ArgSpec | write_specs.ArgSpec
 CASES = [(paged_decode_attention, spec) for spec in decode_specs.ARG_SPECS]
 CASES += [(ragged_prefill_attention, spec) for spec in prefill_specs.ARG_SPECS]
 CASES += [(fused_linear, spec) for spec in linear_specs.ARG_SPECS]
+CASES += [(rotate_and_write, spec) for spec in write_specs.ARG_SPECS]
 # One of each kind of kernel that comes out; the rest is for the nightly run.
 QUICK = (
     "qwen2.5-0.5b-b1",
@@ -42,6 +45,7 @@ QUICK = (
     "qwen2.5-0.5b-out-m256",
     "qwen2.5-0.5b-8x1024",
     "qwen2.5-7b-4x1024",
+    "qwen2.5-0.5b-t8192",
     "small-heads",
 )
 QUICK_CASES = [case for case in CASES if case[1].name in QUICK]
@@ -64,10 +68,11 @@ def assert_compiles(target: str, op: Callable[..., Any], spec: Spec, dtype: Any)
         )
     else:
         # A cache that is written is given away, as the engine does: then nothing may copy it.
-        is_written = op is paged_decode_attention
+        is_written = op is not ragged_prefill_attention
+        options = {} if op is rotate_and_write else dict(scale=spec.heads.scale)
         compiled = deviceless.compile_for(
             target,
-            lambda *args: op(*args, scale=spec.heads.scale, implementation="triton"),
+            lambda *args: op(*args, **options, implementation="triton"),
             *shapes,
             donate_argnums=[i for i, x in enumerate(shapes) if is_written and len(x.shape) == 5],
         )
@@ -101,6 +106,17 @@ def test_kernel_compiles_at_every_spec(
 ):
     if dtype != jnp.float32 or (op, spec) in HAS_FLOAT32:
         assert_compiles(target, op, spec, dtype)
+
+
+@pytest.mark.parametrize("spec", linear_specs.MANY_ROWS_SPECS, ids=name_of)
+def test_kernel_for_many_rows_compiles_for_h200(
+    spec: linear_specs.ArgSpec, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    args = jax.tree.map(lambda x: deviceless.arg(x.shape, x.dtype), spec.shapes(jnp.bfloat16))
+    compiled = deviceless.compile_for_h200(lambda args: fused_linear(**args, **spec.options), args)
+    assert str(compiled.as_text()).count('custom_call_target="mosaic_gpu_v2"') == 1
+    assert not deviceless.large_copies(compiled)
 
 
 def test_the_product_compiles_through_jax_triton():
