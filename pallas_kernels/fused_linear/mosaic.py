@@ -80,6 +80,6 @@ def _why_not(
         return f"the gate of a gated unit is jax.nn.silu here, not {glu}"
     if not isinstance(config, ManyRowsConfig):
         return "another kernel or a plain product is faster"
-    if x.dtype != jnp.bfloat16 or not config.fits(*x.shape, weight.shape[0]):
+    if x.dtype != jnp.bfloat16 or not config.fits(x.shape[0], x.shape[1], weight.shape[0]):
         return f"must be bfloat16 and a multiple of the tile, {config}"
     return None

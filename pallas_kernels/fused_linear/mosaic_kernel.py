@@ -166,7 +166,7 @@ def _multiply(bias_ref, residual_ref, out_ref, shared: _Shared, call: _Call) -> 
             )
         sums, slot = pl.run_scoped(
             lambda acc: _product(acc, is_first, slot, shared, call),
-            plgpu.ACC((_ROWS, call.config.block_n), jnp.float32),
+            plgpu.WGMMAAccumulatorRef((_ROWS, call.config.block_n), jnp.float32),
         )
         parts = [
             sums[:, part * call.block_n : (part + 1) * call.block_n]
@@ -240,11 +240,15 @@ def _kernel(x_ref, w_ref, bias_ref, residual_ref, out_ref, *, call: _Call) -> No
 
     def smem(shape: tuple[int, ...]) -> Any:
         swizzle = plgpu.find_swizzle(8 * shape[-1] * x_ref.dtype.itemsize)
-        tiling = plgpu.TilingTransform((8, swizzle // x_ref.dtype.itemsize))
-        return plgpu.SMEM(shape, x_ref.dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+        tiling = (8, swizzle // x_ref.dtype.itemsize)
+        transforms = (
+            plgpu.TilingTransform(tiling),  # pyright: ignore[reportAbstractUsage]
+            plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]
+        )
+        return plgpu.SMEM(shape, x_ref.dtype, transforms=transforms)
 
     stages, config = call.num_stages, call.config
-    arrivals = dict(num_barriers=stages, num_arrivals=_NUM_MULTIPLYING)
+    arrivals: dict[str, Any] = dict(num_barriers=stages, num_arrivals=_NUM_MULTIPLYING)
     pl.run_scoped(
         run,
         smem((stages, BLOCK_M, BLOCK_K)),
@@ -282,8 +286,8 @@ def call_kernel(
     def kernel(x_ref, w_ref, *refs):
         *optional, out_ref = refs
         given = iter(optional)
-        neighbours = [next(given) if is_there else None for is_there in is_given]
-        _kernel(x_ref, w_ref, *neighbours, out_ref, call=call)
+        bias_ref, residual_ref = (next(given) if is_there else None for is_there in is_given)
+        _kernel(x_ref, w_ref, bias_ref, residual_ref, out_ref, call=call)
 
     kernel.__name__ = "fused_linear"
     is_cluster = config.cluster > 1
