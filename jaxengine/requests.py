@@ -3,6 +3,7 @@
 All of a call is checked before any of it is queued. Knows nothing of tokenising and of jax.
 """
 
+import dataclasses
 import functools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -293,13 +294,16 @@ def group_size(arguments: Mapping[str, Any]) -> int:
 
 
 def _check_others(others: Mapping[str, Any], specs: Mapping[str, Param]) -> None:
+    if not others:
+        return
+    params = {*specs, *(field.name for field in dataclasses.fields(SamplingParams))}
     for name, value in others.items():
         known = GENERATE_ARGUMENTS.get(name)
         if known is None or known.fate == "honoured":
-            if name in specs or name in SAMPLING_PARAMETERS or hasattr(SamplingParams, name):
+            if name in params or name in SAMPLING_PARAMETERS:
                 hint = "; it is a sampling parameter: put it into `sampling_params`."
             else:
-                hint = nearest(name, (*DEFAULTS, *GENERATE_ARGUMENTS))
+                hint = nearest(name, (*DEFAULTS, *params, *GENERATE_ARGUMENTS))
             raise TypeError(f"generate() got an unexpected keyword argument `{name}`{hint}")
         if known.fate == "ignored":
             _warn_once(name, known.why)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax
 
-Implementation = Literal["reference", "triton", "jax_triton", "triton_interpret"]
+Implementation = Literal["reference", "triton", "jax_triton", "mosaic", "triton_interpret"]
 
 _log = logging.getLogger("pallas_kernels")
 
@@ -17,12 +17,14 @@ def call(
     implementations: Mapping[str, Callable[..., Any]],
     implementation: str | None,
     *args: jax.Array | None,
+    on_gpu: str = "triton",
     **kwargs: Any,
 ) -> Any:
     """Calls one of `implementations`.
 
-    None takes "triton" on a GPU and "reference" elsewhere; where Triton refuses the shape, the
-    reference serves it and the reason is logged once. An explicit choice never falls back.
+    None takes `on_gpu` on a GPU and "reference" elsewhere; where the former refuses the shape or
+    the GPU, the reference serves it and the reason is logged once. An explicit choice never falls
+    back.
 
     Raises:
       NotImplementedError: The chosen implementation cannot serve these arguments.
@@ -37,11 +39,11 @@ def call(
         return implementations[implementation](*args, **kwargs)
     if jax.default_backend() == "gpu":
         try:
-            out = implementations["triton"](*args, **kwargs)
+            out = implementations[on_gpu](*args, **kwargs)
         except NotImplementedError as error:
-            _log_once(logging.WARNING, f"{op}: reference, not triton: {error}")
+            _log_once(logging.WARNING, f"{op}: reference, not {on_gpu}: {error}")
         else:
-            _log_once(logging.INFO, f"{op}: triton")
+            _log_once(logging.INFO, f"{op}: {on_gpu}")
             return out
     else:
         _log_once(logging.INFO, f"{op}: reference")

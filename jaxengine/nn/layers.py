@@ -38,7 +38,9 @@ def linear(
     """
     # A weight that is split over devices is left to XLA, which knows how to add up the parts.
     is_whole = ctx.mesh is None or ctx.mesh.size == 1
-    use_kernel = is_whole and is_faster(x, weight, is_gated=glu is not None)
+    use_kernel = is_whole and is_faster(
+        x, weight, is_gated=glu is not None, implementation=ctx.kernels
+    )
     return fused_linear(
         x,
         weight,

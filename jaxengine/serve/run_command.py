@@ -191,7 +191,8 @@ def _in_words(report: Any) -> str:
         words.append(f"{report.num_skipped:,} done before")
     if num_errors := report.num_errors + report.num_errors_before:
         what = "error row" if num_errors == 1 else "error rows"
-        words.append(f"{num_errors:,} {what} (--retry-errors computes them again)")
+        hint = " (--retry-errors computes them again)" if report.output else ""
+        words.append(f"{num_errors:,} {what}{hint}")
     words.append(f"{report.prompt_tokens:,} prompt tokens (longest {report.max_prompt_tokens:,})")
     if report.completion_tokens:
         speed = report.completion_tokens / max(report.seconds, 1e-9)

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.fused_linear import jax_triton, reference, triton, tuning
+from pallas_kernels.fused_linear import jax_triton, mosaic, reference, triton, tuning
 from pallas_kernels.fused_linear.kernel_call import Glu
 
 IMPLEMENTATIONS = {
     "reference": reference.fused_linear,
     "triton": triton.fused_linear,
     "jax_triton": jax_triton.fused_linear,
+    "mosaic": mosaic.fused_linear,
     "triton_interpret": functools.partial(triton.fused_linear, interpret=True),
 }
 
@@ -43,15 +44,16 @@ def fused_linear(
       bias: Added to the product.
       glu: Activation of the gate, for example `jax.nn.silu`.
       residual: Added last.
-      implementation: "reference", "triton", "jax_triton" or "triton_interpret"; None takes Triton
-        on a GPU where it is faster for these shapes, and the reference elsewhere.
+      implementation: "reference", "triton", "jax_triton", "mosaic" or "triton_interpret"; None
+        takes the kernel that is faster for these shapes on a GPU, and else the reference.
 
     Raises:
       ValueError: Shapes or dtypes do not fit together.
       NotImplementedError: The implementation that was asked for cannot serve these arguments.
     """
     _check(x, weight, norm_weight, bias, glu, residual)
-    if implementation is None and not is_faster(x, weight, is_gated=glu is not None):
+    config = tuning.find_config(x, weight, is_gated=glu is not None)
+    if implementation is None and config is None:
         implementation = "reference"
     return dispatch.call(
         "fused_linear",
@@ -64,12 +66,22 @@ def fused_linear(
         residual,
         eps=eps,
         glu=glu,
+        on_gpu="mosaic" if isinstance(config, tuning.ManyRowsConfig) else "triton",
     )
 
 
-def is_faster(x: jax.Array, weight: jax.Array, *, is_gated: bool) -> bool:
-    """Whether the kernel beats a plain product and its neighbours on a GPU; see `tuning`."""
-    return tuning.find_config(x, weight, is_gated=is_gated) is not None
+def is_faster(
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    is_gated: bool,
+    implementation: dispatch.Implementation | None = None,
+) -> bool:
+    """Whether a kernel, of `implementation` if given, beats a plain product on a GPU."""
+    config = tuning.find_config(x, weight, is_gated=is_gated)
+    if isinstance(config, tuning.ManyRowsConfig):
+        return implementation in (None, "mosaic")
+    return config is not None and implementation != "mosaic"
 
 
 def _check(

@@ -134,3 +134,31 @@ ARG_SPECS = (
         has_residual=True,
     ),
 )
+
+MANY_ROWS_SPECS = (
+    ArgSpec(
+        name="qwen2.5-0.5b-gate-up-m2048",
+        num_rows=2048,
+        depth=896,
+        num_columns=4864,
+        is_gated=True,
+    ),
+    ArgSpec(
+        name="qwen2.5-0.5b-gate-up-m8192",
+        num_rows=8192,
+        depth=896,
+        num_columns=4864,
+        is_gated=True,
+    ),
+    ArgSpec(name="deep-m8192", num_rows=8192, depth=2048, num_columns=256, is_gated=True),
+    ArgSpec(
+        name="all-m2048",
+        num_rows=2048,
+        depth=192,
+        num_columns=256,
+        has_bias=True,
+        is_gated=True,
+        has_residual=True,
+    ),
+)
+"""Of the kernel for many rows, at the tiles that `tuning` takes."""

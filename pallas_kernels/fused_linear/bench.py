@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.fused_linear import reference, triton, tuning
-from pallas_kernels.fused_linear.arg_specs import ARG_SPECS, ArgSpec
+from pallas_kernels.fused_linear import mosaic, reference, triton, tuning
+from pallas_kernels.fused_linear.arg_specs import ARG_SPECS, MANY_ROWS_SPECS, ArgSpec
 from pallas_kernels.timing import time_configs
 
 _DTYPE = jnp.dtype(jnp.bfloat16)
@@ -31,13 +31,27 @@ def rows(device: Any, specs: Sequence[ArgSpec], is_sweep: bool = True) -> Iterat
             yield from _spec_rows(spec, device, is_sweep)
 
 
-Config = tuning.RowConfig | tuning.TileConfig
+Config = tuning.RowConfig | tuning.TileConfig | tuning.ManyRowsConfig
+
+
+def _backend(config: Config | None) -> Any:
+    if config is None:
+        return reference
+    return mosaic if isinstance(config, tuning.ManyRowsConfig) else triton
 
 
 def _sweep(spec: ArgSpec) -> Iterator[Config | None]:
     """Tile choices to try; None is the plain product."""
     yield None
-    yield from _tiles() if spec.num_rows > tuning.MAX_ROWS else _rows(spec)
+    if spec.num_rows >= tuning.MIN_MANY_ROWS:
+        yield from _many_rows()
+    else:
+        yield from _tiles() if spec.num_rows > tuning.MAX_ROWS else _rows(spec)
+
+
+def _many_rows() -> Iterator[tuning.ManyRowsConfig]:
+    for cluster, minor, width, lag in itertools.product((1, 2), (0, 1), (4, 8, 16), (0, 1, 2)):
+        yield tuning.ManyRowsConfig(cluster=cluster, minor=minor, width=width, lag=lag)
 
 
 def _tiles() -> Iterator[tuning.TileConfig]:
@@ -63,9 +77,8 @@ def _spec_rows(spec: ArgSpec, device: Any, is_sweep: bool) -> Iterator[dict[str,
     calls = [(jnp.roll(weight, i, axis=0),) for i in range(num_weights)]
 
     def op(x: Any, weight: Any, config: Config | None) -> Any:
-        implementation = reference if config is None else triton
         options = {} if config is None else dict(config=config)
-        out = implementation.fused_linear(x, weight, **args, **spec.options, **options)
+        out = _backend(config).fused_linear(x, weight, **args, **spec.options, **options)
         return x + 1e-3 * out[:, :1]  # the next call waits for this one
 
     default = tuning.find_config(x, weight, is_gated=spec.is_gated)
@@ -82,7 +95,7 @@ def _spec_rows(spec: ArgSpec, device: Any, is_sweep: bool) -> Iterator[dict[str,
         yield {
             "op": "fused_linear",
             "spec": spec.name,
-            "backend": "reference" if timing.config is None else "triton",
+            "backend": _backend(timing.config).__name__.rpartition(".")[2],
             "is_default": timing.config == default,
             "us": round(timing.seconds * 1e6, 2),
             "tb_per_s": round(weight.nbytes / timing.seconds / 1e12, 3),
@@ -102,7 +115,9 @@ def main() -> None:
     parser.add_argument("specs", nargs="*", help="names from arg_specs; all by default")
     parser.add_argument("--defaults-only", action="store_true", help="no other tile choices")
     args = parser.parse_args()
-    specs = [spec for spec in ARG_SPECS if not args.specs or spec.name in args.specs]
+    specs = [
+        spec for spec in (*ARG_SPECS, *MANY_ROWS_SPECS) if not args.specs or spec.name in args.specs
+    ]
     for row in rows(jax.devices("gpu")[0], specs, is_sweep=not args.defaults_only):
         print(json.dumps(row), flush=True)
 

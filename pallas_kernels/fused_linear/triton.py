@@ -36,7 +36,7 @@ def fused_linear(
         return rows.call(
             x, weight, neighbours, eps=eps, glu=glu, config=config, interpret=interpret
         )
-    if config is None or glu is not None:
+    if not isinstance(config, TileConfig) or glu is not None:
         raise NotImplementedError(why_not(x, weight))
     return tiles.call(x, weight, neighbours, eps=eps, config=config, interpret=interpret)
 

@@ -16,8 +16,21 @@ residual included:
 | out, 896 -> 896 | 5.0, 6.2 | 5.2, 6.3 | 5.3, 6.6 | 6.0, 7.4 | 6.7, 7.2 |
 
 With wider and deeper weights it was slower than XLA everywhere (gate-up at 256 rows 20.1 and 14.0
-us, down 13.9 and 11.4). Other shapes than these take theirs unmeasured:
-`python -m pallas_kernels.fused_linear.bench` measures them.
+us, down 13.9 and 11.4).
+
+Thousands of rows, gate-up with its gated unit, microseconds of the many-rows kernel and of a plain
+product and its neighbours; every number holds about 20 of launching, as chains of calls that were
+no graph were timed:
+
+| | 2,048 rows | 8,192 |
+|---|---|---|
+| 896 -> 2 x 4864 | 75, 89 | 216, 302 |
+| 3584 -> 2 x 18944 | | 2966, 3715 |
+
+The other products gain less or nothing there, and stay with XLA.
+
+Other shapes than these take theirs unmeasured: `python -m pallas_kernels.fused_linear.bench`
+measures them.
 """
 
 import dataclasses
@@ -62,6 +75,40 @@ class TileConfig:
     num_stages: int
 
 
+BLOCK_M = 128
+"""Rows of a tile of the many-rows kernel."""
+
+BLOCK_K = 64
+"""Its depth at a time: 128 bytes, the widest swizzle of shared memory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ManyRowsConfig:
+    """Tile and launch parameters of the kernel for thousands of rows on Hopper.
+
+    Attributes:
+      block_n: Rows of the weight that meet in a tile, a multiple of 16, at most 256; of a gated
+        unit the first half are gates.
+      num_stages: Tiles of both operands that are in flight or in use at a time.
+      cluster: Blocks that make tiles below one another and share what they fetch of the weight.
+      minor: Where the next tile lies: 0 below, 1 beside.
+      width: How many lie that way before the next line.
+      lag: Steps in depth by which half of a block's warpgroups is behind; less than `num_stages`.
+    """
+
+    block_n: int = 256
+    num_stages: int = 4
+    cluster: int = 1
+    minor: int = 0
+    width: int = 8
+    lag: int = 0
+
+    def fits(self, num_rows: int, depth: int, num_columns: int) -> bool:
+        """Whether a product with a weight of `num_columns` rows is whole tiles."""
+        sizes = (num_rows, self.cluster * BLOCK_M), (depth, BLOCK_K), (num_columns, self.block_n)
+        return depth > self.lag * BLOCK_K and not any(size % tile for size, tile in sizes)
+
+
 MAX_ROWS = 4
 """Row by row the arithmetic grows with the rows; from here on it takes longer than reading."""
 
@@ -75,6 +122,11 @@ MIDDLE = RowConfig(block_n=4, block_k=512, num_loads=2, num_warps=2)
 DEEP = RowConfig(block_n=4, block_k=2048, num_loads=3, num_warps=8)
 DEEPEST = RowConfig(block_n=4, block_k=256, num_loads=7, num_warps=4)
 
+MIN_MANY_ROWS = 2048
+SOME_THOUSANDS = ManyRowsConfig()
+MANY_THOUSANDS = ManyRowsConfig(cluster=2, lag=2)
+MANY_THOUSANDS_DEEP = ManyRowsConfig(cluster=2, minor=1)
+
 WIDE_TILES = TileConfig(block_n=64, num_stages=3)
 TILES = TileConfig(block_n=32, num_stages=5)
 NARROW_TILES = TileConfig(block_n=16, num_stages=5)
@@ -82,13 +134,15 @@ NARROW_TILES = TileConfig(block_n=16, num_stages=5)
 
 def find_config(
     x: jax.Array, weight: jax.Array, *, is_gated: bool
-) -> RowConfig | TileConfig | None:
+) -> RowConfig | TileConfig | ManyRowsConfig | None:
     """The kernel for these shapes; None where a plain product and its neighbours are faster."""
     num_rows, depth = x.shape
     if x.dtype == jnp.float32:
         return None
     if num_rows <= (1 if is_gated else MAX_ROWS):
         return _row_config(depth, is_gated=is_gated)
+    if num_rows >= MIN_MANY_ROWS:
+        return _many_rows_config(x, weight, is_gated=is_gated)
     is_tiled = num_rows in TILED_ROWS and weight.size <= MAX_TILED_WEIGHT and not is_gated
     return _tile_config(num_rows, weight.shape[0]) if is_tiled else None
 
@@ -109,3 +163,12 @@ def _tile_config(num_rows: int, num_columns: int) -> TileConfig:
 
     fits = (config for config in (WIDE_TILES, TILES) if num_programs(config) >= 64)
     return next(fits, NARROW_TILES)
+
+
+def _many_rows_config(x: jax.Array, weight: jax.Array, *, is_gated: bool) -> ManyRowsConfig | None:
+    num_rows, depth = x.shape
+    config = SOME_THOUSANDS
+    if num_rows >= 8192:
+        config = MANY_THOUSANDS if depth <= 1024 else MANY_THOUSANDS_DEEP
+    is_served = is_gated and x.dtype == jnp.bfloat16
+    return config if is_served and config.fits(num_rows, depth, weight.shape[0]) else None

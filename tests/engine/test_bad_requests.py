@@ -56,6 +56,8 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"prompt": "a", "sampling_params": {"topk": 4}}, TypeError, "did you mean `top_k`"),
     ({"prompt": "a", "sampling_parms": {}}, TypeError, "did you mean `sampling_params`"),
     ({"prompt": "a", "temperature": 0}, TypeError, "put it into `sampling_params`"),
+    ({"prompt": "a", "seed": 0}, TypeError, "put it into `sampling_params`"),
+    ({"prompt": "a", "max_tokens": 5}, TypeError, "did you mean `max_new_tokens`"),
     ({"prompt": "a", "image_data": "x.png"}, RequestError, "`image_data` is not supported"),
     ({"prompt": "a", "lora_path": "x"}, RequestError, "`lora_path` is not supported"),
     ({"prompt": "a", "sampling_params": {"regex": "a+"}}, RequestError, "`regex` is not supported"),

@@ -108,6 +108,17 @@ def test_kernel_compiles_at_every_spec(
         assert_compiles(target, op, spec, dtype)
 
 
+@pytest.mark.parametrize("spec", linear_specs.MANY_ROWS_SPECS, ids=name_of)
+def test_kernel_for_many_rows_compiles_for_h200(
+    spec: linear_specs.ArgSpec, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    args = jax.tree.map(lambda x: deviceless.arg(x.shape, x.dtype), spec.shapes(jnp.bfloat16))
+    compiled = deviceless.compile_for_h200(lambda args: fused_linear(**args, **spec.options), args)
+    assert str(compiled.as_text()).count('custom_call_target="mosaic_gpu_v2"') == 1
+    assert not deviceless.large_copies(compiled)
+
+
 def test_the_product_compiles_through_jax_triton():
     pytest.importorskip("jax_triton")
     (spec,) = [spec for spec in linear_specs.ARG_SPECS if spec.name == "all-m1"]

@@ -40,6 +40,15 @@ def test_default_falls_back_and_gives_the_reason_once(
     assert caplog.messages == ["op: reference, not triton: too wide"]
 
 
+def test_an_op_names_what_it_prefers_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    implementations = {"reference": lambda: "reference", "mosaic": lambda: "mosaic"}
+    assert dispatch.call("op", implementations, None, on_gpu="mosaic") == "mosaic"
+    assert caplog.messages == ["op: mosaic"]
+
+
 def test_explicit_choice_never_falls_back():
     implementations = {"reference": lambda: "reference", "triton": refuse}
     with pytest.raises(NotImplementedError, match="too wide"):

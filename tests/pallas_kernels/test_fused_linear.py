@@ -1,8 +1,10 @@
 """One suite for every backend of the weight product with its neighbours."""
 
+import functools
 import inspect
 import secrets
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.fused_linear import api, jax_triton, tuning
-from pallas_kernels.fused_linear.arg_specs import ARG_SPECS, ArgSpec
+from pallas_kernels.fused_linear import api, jax_triton, mosaic, tuning
+from pallas_kernels.fused_linear.arg_specs import ARG_SPECS, MANY_ROWS_SPECS, ArgSpec
 from tests.pallas_kernels.oracle import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
@@ -75,6 +77,36 @@ def test_kernel_is_the_definition(
     np.testing.assert_array_equal(got, run(spec, implementation, args))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", MANY_ROWS_SPECS, ids=lambda spec: spec.name)
+def test_kernel_for_many_rows_is_the_definition(spec: ArgSpec, seed: int):
+    args = spec.arrays(jnp.bfloat16, seed)
+    got = run(spec, "mosaic", args)
+    assert_close(got, expected(spec, args))
+    np.testing.assert_array_equal(got, run(spec, "mosaic", args))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cluster, minor, lag", [(1, 0, 0), (1, 1, 3), (2, 0, 1), (2, 1, 0)])
+@pytest.mark.parametrize("block_n, num_columns", [(224, 896), (192, 384), (256, 512), (128, 128)])
+def test_kernel_for_many_rows_takes_any_tiles(
+    block_n: int, num_columns: int, cluster: int, minor: int, lag: int, seed: int
+):
+    spec = ArgSpec(
+        name="",
+        num_rows=512,
+        depth=320,
+        num_columns=num_columns,
+        has_norm=True,
+        has_bias=True,
+        has_residual=True,
+    )
+    args = spec.arrays(jnp.bfloat16, seed)
+    config = tuning.ManyRowsConfig(block_n=block_n, cluster=cluster, minor=minor, lag=lag)
+    got = mosaic.fused_linear(**args, config=config)
+    assert_close(got, expected(spec, args))
+
+
 def test_jax_triton_says_that_it_is_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     jax_triton._load.cache_clear()
@@ -96,6 +128,12 @@ def test_jax_triton_says_that_it_is_missing(monkeypatch: pytest.MonkeyPatch):
         (257, 896, 896, False, False),
         (256, 4864, 896, False, False),
         (256, 896, 9728, True, False),
+        (1024, 896, 9728, True, False),
+        (2048, 896, 9728, True, True),
+        (2049, 896, 9728, True, False),
+        (8192, 3584, 37888, True, True),
+        (8192, 3584, 37856, True, False),
+        (8192, 896, 896, False, False),
     ],
 )
 def test_kernels_take_the_shapes_at_which_they_were_faster(
@@ -114,6 +152,38 @@ def test_what_a_kernel_does_not_take_is_left_to_a_plain_product():
     with pytest.raises(NotImplementedError, match="5 rows of bfloat16"):
         api.fused_linear(x, weight, implementation="triton")
     assert api.fused_linear(x, weight).shape == (5, 8)
+
+
+@pytest.mark.parametrize(
+    "device, change, reason",
+    [
+        ("NVIDIA A100-SXM4-80GB", {}, "needs a Hopper GPU, not NVIDIA A100"),
+        ("NVIDIA H200", dict(glu=jax.nn.gelu), "gated unit is jax.nn.silu here, not .*gelu"),
+        ("NVIDIA H200", dict(weight=(240, 64)), "a plain product is faster"),
+        ("NVIDIA H200", dict(x=(1024, 64)), "a plain product is faster"),
+        ("NVIDIA H200", dict(x=(2050, 64), config=tuning.ManyRowsConfig()), "multiple of the tile"),
+    ],
+)
+def test_kernel_for_many_rows_says_what_it_does_not_take(
+    device: str, change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(mosaic, "_device", lambda: mosaic._Device(device, 132))
+    call = dict(x=(2048, 64), weight=(256, 64), glu=jax.nn.silu) | change
+    x, weight = (jax.ShapeDtypeStruct(call.pop(name), jnp.bfloat16) for name in ("x", "weight"))
+    with pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(functools.partial(mosaic.fused_linear, **call), x, weight)
+
+
+@pytest.mark.parametrize(
+    "implementation, is_it", [(None, True), ("mosaic", True), ("triton", False)]
+)
+def test_many_rows_are_for_the_kernel_that_takes_them(implementation: Any, is_it: bool):
+    def check(x: jax.Array, weight: jax.Array) -> None:
+        got = api.is_faster(x, weight, is_gated=True, implementation=implementation)
+        assert got == is_it
+
+    shapes = (2048, 896), (9728, 896)
+    jax.eval_shape(check, *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes))
 
 
 @pytest.mark.parametrize(

@@ -247,8 +247,9 @@ def test_logprobs_are_named_after_what_they_are_of(sampler: s.Sampler, requests:
     rows, token = np.arange(B), np.asarray(drawn.token)
     scale = np.asarray([[1 / (request.get("temperature", 1) or 1)] for request in requests])
     second = np.sort(LOGITS)[:, -2:-1]
-    is_kept = np.asarray([["top_k" not in request] for request in requests]) | (LOGITS >= second)
-    raw, processed = np.log(softmax(LOGITS)), softmax(np.where(is_kept, scale * LOGITS, -np.inf))
+    lowest = np.where([["top_k" in request] for request in requests], second, -np.inf)
+    kept = np.where(LOGITS >= lowest, scale * LOGITS, -np.inf)
+    raw, processed = np.log(softmax(LOGITS)), softmax(kept)
     # SGLang's measure is of what stands before the first filter.
     own = raw if sampler is FILTERS_FIRST else np.log(softmax(scale * LOGITS))
     leaves = {name: np.asarray(leaf) for name, leaf in drawn.leaves.items()}

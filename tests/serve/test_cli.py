@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import jaxengine
-from jaxengine.serve import gpus
+from jaxengine.serve import batch, gpus
 from jaxengine.serve.batch.rows import DEFAULT_MAX_NEW_TOKENS
 from jaxengine.serve.cli import main
 from tests.serve.batch_files import read_results, write_lines
@@ -97,7 +97,8 @@ def test_a_dry_run_counts_and_checks_without_an_engine(
     report = json.loads(report)
     assert (report["num_rows"], report["num_errors"]) == (9, 2)
     assert report["prompt_tokens"] > report["max_prompt_tokens"] > 0
-    assert [error.split(":")[0] for error in errors] == ["line 8", "line 9"]
+    assert [error.split("has")[0] for error in errors[:1]] == ["The prompt of line 8 "]
+    assert [error.split(":")[0] for error in errors[1:]] == ["Line 9"]
     assert engines == []
 
 
@@ -136,6 +137,23 @@ def test_each_gpu_gets_a_process_and_a_shard(monkeypatch: pytest.MonkeyPatch):
     started.clear()
     codes[0] = -9
     assert main(["run", "in.jsonl", "out.jsonl", "--gpus=2"]) == 1
+
+
+@pytest.mark.nightly
+def test_two_processes_do_what_one_does(
+    engine: Any, checkpoint: Path, settings: dict[str, Any], source: Path
+):
+    """On a CPU both have the same device, which is all the same to them."""
+    params = {"seed": 3, "temperature": 1.0, "max_new_tokens": 4}
+    batch.run(source, source.with_name("one.jsonl"), engine=engine, sampling_params=params)
+    command = ["run", str(source), str(source.with_name("out.jsonl")), "--gpus", "2"]
+    command += [f"--param={name}={value}" for name, value in params.items()]
+    command += [f"--set={name}={json.dumps(value)}" for name, value in settings.items()]
+    assert main([*command, "--model", str(checkpoint)]) == 0
+    shards = [read_results(source.with_name(f"out-0000{i}-of-00002.jsonl")) for i in range(2)]
+    assert all(shards)
+    found = {row["id"]: row for rows in shards for row in rows}
+    assert found == {row["id"]: row for row in read_results(source.with_name("one.jsonl"))}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from jaxengine.errors import RequestError
 from jaxengine.serve.batch.config import BatchConfig, Report
 from jaxengine.serve.batch.keys import Keys
 from jaxengine.serve.batch.read import Record, format_of, read
-from jaxengine.serve.batch.rows import RowReader
+from jaxengine.serve.batch.rows import Row, RowReader
 from jaxengine.text.tokenizer import load_tokenizer
 
 MAX_SHOWN_ERRORS = 20
@@ -52,24 +52,26 @@ def dry_run(
         reader = row_reader(str(source), config, tokenizer, max_tokens, keys, {})
         for row in reader.read(records_of(str(source), config)):
             report.num_rows += 1
-            error: Exception | None = row.error
-            if error is None:
-                try:
-                    check_request(
-                        row.arguments["sampling_params"], row.arguments["input_ids"], model
-                    )
-                except RequestError as wrong:
-                    error = wrong
-            if error is not None:
+            if (wrong := _what_is_wrong(row, model)) is not None:
                 report.num_errors += 1
                 if report.num_errors <= MAX_SHOWN_ERRORS:
-                    print(f"line {row.line}: {error}", file=sys.stderr)
+                    print(wrong, file=sys.stderr)
                 continue
             num_tokens = len(row.arguments["input_ids"])
             report.prompt_tokens += num_tokens
             report.max_prompt_tokens = max(report.max_prompt_tokens, num_tokens)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _what_is_wrong(row: Row, model: ModelConfig) -> str | None:
+    if row.error is not None:
+        return str(row.error)  # it names the line
+    try:
+        check_request(row.arguments["sampling_params"], row.arguments["input_ids"], model)
+    except RequestError as error:
+        return f"Line {row.line}: {error}"
+    return None
 
 
 def check_request(params: Any, input_ids: Any, model: ModelConfig) -> None:
