@@ -35,8 +35,8 @@ def fused_linear(
     jax_triton, kernel = _load()
     if glu not in (None, jax.nn.silu):
         raise NotImplementedError(f"the gate of a gated unit is jax.nn.silu here, not {glu}")
-    config = config or find_config(x, weight, is_gated=glu is not None)
-    if not isinstance(config, RowConfig):
+    chosen = config or find_config(x, weight, is_gated=glu is not None)
+    if not isinstance(chosen, RowConfig):
         raise NotImplementedError(triton.why_not(x, weight))
     num_rows, depth = x.shape
     num_columns = weight.shape[0] // (1 if glu is None else 2)
@@ -47,16 +47,16 @@ def fused_linear(
         *(x if array is None else array for array in neighbours.values()),
         kernel=kernel,
         out_type=jax.ShapeDtypeStruct((num_rows, num_columns), x.dtype),
-        grid=(num_rows, -(-num_columns // config.block_n)),
-        num_warps=config.num_warps,
+        grid=(num_rows, -(-num_columns // chosen.block_n)),
+        num_warps=chosen.num_warps,
         num_stages=1,
         **{f"HAS_{name.upper()}": array is not None for name, array in neighbours.items()},
         IS_GATED=glu is not None,
         EPS=eps,
         DEPTH=depth,
         NUM_COLUMNS=num_columns,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
+        BLOCK_N=chosen.block_n,
+        BLOCK_K=chosen.block_k,
     )
 
 

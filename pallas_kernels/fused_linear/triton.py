@@ -30,15 +30,15 @@ def fused_linear(
       config: Which kernel, and its tiles; None takes those of `tuning`.
       interpret: Run in the Pallas interpreter, on any backend.
     """
-    config = config or find_config(x, weight, is_gated=glu is not None)
+    chosen = config or find_config(x, weight, is_gated=glu is not None)
     neighbours = Neighbours(norm_weight, bias, residual)
-    if isinstance(config, RowConfig):
+    if isinstance(chosen, RowConfig):
         return rows.call(
-            x, weight, neighbours, eps=eps, glu=glu, config=config, interpret=interpret
+            x, weight, neighbours, eps=eps, glu=glu, config=chosen, interpret=interpret
         )
-    if not isinstance(config, TileConfig) or glu is not None:
+    if not isinstance(chosen, TileConfig) or glu is not None:
         raise NotImplementedError(why_not(x, weight))
-    return tiles.call(x, weight, neighbours, eps=eps, config=config, interpret=interpret)
+    return tiles.call(x, weight, neighbours, eps=eps, config=chosen, interpret=interpret)
 
 
 def why_not(x: jax.Array, weight: jax.Array) -> str:
