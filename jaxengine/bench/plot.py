@@ -1,13 +1,50 @@
-"""The plot of README: decode throughput and latency over the batch size."""
+"""The plots of README: speed beside the peers', decode speed and latency over the batch size."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxengine.bench.report import Peers, Row, floor, sweep
+from jaxengine.bench.report import Peers, Row, Speedup, floor, sweep
 
 INK, MUTED, GRID = "#1f2328", "#6e7781", "#d8dee4"
 OURS, PEERS = "#0969da", {"SGLang": "#bc4c00", "vLLM": "#8250df"}
+
+
+def draw_speedups(speedups: Sequence[Speedup], base: str, file: Path) -> None:
+    """Draws how many times faster than a peer each workload runs.
+
+    Args:
+      speedups: Of the workloads, from top to bottom.
+      base: Name of the peer that is 1.
+      file: Where to; its suffix says the format.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(10, 0.6 + 0.27 * len(speedups)), layout="constrained")
+    places = range(len(speedups))
+    axes.barh(places, [s.ours for s in speedups], 0.62, color=OURS, label="jaxengine", zorder=2)
+    for place, speedup in zip(places, speedups, strict=True):
+        text = f"{speedup.ours:.1f}"
+        axes.annotate(
+            text, (speedup.ours, place), xytext=(4, 0), textcoords="offset points",
+            va="center", color=INK, fontsize=8,
+        )  # fmt: skip
+    for name in dict.fromkeys(name for s in speedups for name in s.others):
+        points = [(s.others[name], i) for i, s in enumerate(speedups) if name in s.others]
+        colour = PEERS.get(name.split()[0], MUTED)
+        axes.scatter(
+            *zip(*points, strict=True), s=26, color=colour, marker="D", label=name, zorder=4
+        )
+    axes.axvline(1, color=PEERS.get(base.split()[0], MUTED), lw=1.4, label=base, zorder=3)
+    axes.set_yticks(places, [s.title for s in speedups])
+    axes.invert_yaxis()
+    axes.set_title(f"times the speed of {base}", loc="left", fontsize=10, color=INK)
+    axes.set_xlim(left=0)
+    axes.tick_params(colors=INK, labelsize=8, length=0)
+    axes.grid(True, axis="x", color=GRID, lw=0.7, zorder=0)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="upper right", labelcolor=INK)
+    _save(figure, file)
 
 
 def draw(by_key: Mapping[str, Row], peers: Peers, file: Path) -> None:
@@ -18,13 +55,7 @@ def draw(by_key: Mapping[str, Row], peers: Peers, file: Path) -> None:
       peers: Their figures at batch 1 (W1) and 256 (W6, prefill included).
       file: Where to; its suffix says the format.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    # Text stays text, and the same rows give the same file.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "jaxengine"})
-    from matplotlib import pyplot as plt
-
+    plt = _pyplot()
     rows = sweep(by_key)
     sizes, steps = list(rows), [row["value"] for row in rows.values()]
     floors = [floor(row) for row in rows.values()]
@@ -52,8 +83,23 @@ def draw(by_key: Mapping[str, Row], peers: Peers, file: Path) -> None:
         fontsize=10,
         color=INK,
     )
+    _save(figure, file)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # Text stays text, and the same rows give the same file.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "jaxengine"})
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, file: Path) -> None:
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None, dpi=150)
-    plt.close(figure)
+    _pyplot().close(figure)
 
 
 def _curve(axes: Any, sizes: list[int], values: list[float], colour: str) -> None:

@@ -15,6 +15,7 @@ type Row = Mapping[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
 PLOT = RESULTS / "batch_size.svg"
+SPEEDUPS = RESULTS / "speedups.svg"
 BEGIN = "<!-- begin: python -m jaxengine.bench report -->"
 END = "<!-- end: python -m jaxengine.bench report -->"
 """README's section between these lines is generated."""
@@ -78,6 +79,7 @@ def section(rows: Sequence[Row], peers: Peers) -> str:
         parts += [_setting(gpu, by_key.values()), "\n".join(_table(gpu, by_key, peers))]
         if gpu == peers.gpu:
             parts.append(f"Peers: {peers.source}")
+            parts.append(f"![speed beside the peers]({SPEEDUPS.relative_to(RESULTS.parents[2])})")
         if sweep(by_key):
             parts.append(
                 f"![decode over batch size]({PLOT.relative_to(RESULTS.parents[2])})\n\n"
@@ -106,6 +108,38 @@ def sweep(by_key: Mapping[str, Row]) -> dict[int, Row]:
     return dict(sorted(found.items()))
 
 
+class Speedup(NamedTuple):
+    """A workload beside the first of the peers.
+
+    Attributes:
+      title: Of the workload.
+      ours: How many times faster than that peer this engine is.
+      others: The same of the further peers, by name, where they were measured.
+    """
+
+    title: str
+    ours: float
+    others: Mapping[str, float]
+
+
+def speedups(by_key: Mapping[str, Row], peers: Peers) -> list[Speedup]:
+    """All workloads for which both sides have a number, in the order of the table."""
+    first, *further = peers.values
+    found = []
+    for key, title in _titles():
+        base = peers.values[first].get(key)
+        if key not in by_key or base is None:
+            continue
+        is_rate = by_key[key]["unit"] == "tok/s"
+
+        def times(value: float, base: float = base, is_rate: bool = is_rate) -> float:
+            return value / base if is_rate else base / value
+
+        others = {n: times(peers.values[n][key]) for n in further if key in peers.values[n]}
+        found.append(Speedup(title, times(by_key[key]["value"]), others))
+    return found
+
+
 def floor(row: Row) -> float | None:
     """What a row's value would be at the device's peak; None where that is unknown."""
     share = (row.get("roofline") or {}).get("share_of_floor")
@@ -124,7 +158,6 @@ def _setting(gpu: str, rows: Iterable[Row]) -> str:
     facts = [
         every("driver", lambda e: e["driver"]),
         every("jax", lambda e: e["versions"]["jax"]),
-        every("commit", lambda e: e["commit"][:7]),
     ]
     runs = sorted({len(row["runs"]) for row in rows})
     return (
@@ -137,15 +170,16 @@ def _setting(gpu: str, rows: Iterable[Row]) -> str:
 
 def _table(gpu: str, by_key: Mapping[str, Row], peers: Peers) -> Iterator[str]:
     others = peers.values if gpu == peers.gpu else {}
-    yield " | ".join(["| workload", "unit", "jaxengine", "spread", "floor", *others]) + " |"
-    yield "|---|---|" + "---:|" * (3 + len(others))
+    yield " | ".join(["| workload", "unit", "jaxengine", "spread", "floor", *others, "commit |"])
+    yield "|---|---|" + "---:|" * (3 + len(others)) + "---|"
     for key, title in _titles():
         row = by_key.get(key)
         if row is None:
             continue
         cells = [row["value"], row["spread"], floor(row)]
         cells += [values.get(key) for values in others.values()]
-        yield " | ".join([f"| {title}", row["unit"], *map(_number, cells)]) + " |"
+        commit = row["environment"]["commit"][:7]
+        yield " | ".join([f"| {title}", row["unit"], *map(_number, cells), f"{commit} |"])
 
 
 def _cpu_setting(rows: Sequence[Row]) -> str:
@@ -193,13 +227,14 @@ def _number(value: float | None) -> str:
 
 
 def main() -> int:
-    """Renews README's section, and the plot where there are rows for it."""
+    """Renews README's section, and the plots there are rows for."""
     rows, peers = read_rows(), read_peers()
     readme = RESULTS.parents[2] / "README.md"
     readme.write_text(replace_section(readme.read_text(), section(rows, peers)))
-    by_key = newest(rows).get(peers.gpu, {})
-    if sweep(by_key):
-        from jaxengine.bench.plot import draw
+    from jaxengine.bench import plot
 
-        draw(by_key, peers, PLOT)
+    by_key = newest(rows).get(peers.gpu, {})
+    plot.draw_speedups(speedups(by_key, peers), next(iter(peers.values)), SPEEDUPS)
+    if sweep(by_key):
+        plot.draw(by_key, peers, PLOT)
     return 0

@@ -59,9 +59,9 @@ def test_newest_correct_row_of_each_gpu_counts():
 def test_table_has_floor_spread_and_peers_where_they_were_measured():
     rows = [row("w1", 2.0, "1"), row("w1", 4.0, "1", environment={"gpu": "G2"})]
     text = report.section([*rows, row("w3", 1000.0, "1", unit="tok/s")], PEERS)
-    assert "| ms | 2.00 | 0.100 | 0.500 | 2.00 |" in text
-    assert "| tok/s | 1,000 | 0.100 | 4,000 | - |" in text
-    assert "| ms | 4.00 | 0.100 | 1.00 |\n" in text
+    assert "| ms | 2.00 | 0.100 | 0.500 | 2.00 | w1-2.0 |" in text
+    assert "| tok/s | 1,000 | 0.100 | 4,000 | - | w3-1000 |" in text
+    assert "| ms | 4.00 | 0.100 | 1.00 | w1-4.0 |\n" in text
     assert text.count("elsewhere") == 1
 
 
@@ -83,3 +83,21 @@ def test_plot_is_the_same_for_the_same_rows(tmp_path: Path):
     first, second = (file.read_text() for file in files)
     assert first == second
     assert {"jaxengine", "floor", "SGLang 1"} <= set(re.findall(r">([^<>]+)</text>", first))
+
+
+def test_speedups_are_times_the_first_peer(tmp_path: Path):
+    plot = pytest.importorskip("jaxengine.bench.plot")
+    pytest.importorskip("matplotlib")
+    peers = report.Peers("s", "G1", {"A 1": {"w1": 4.0, "w3": 500.0}, "B 2": {"w3": 250.0}})
+    rows = {
+        "w1": row("w1", 2.0, "1"),
+        "w3": row("w3", 1000.0, "1", unit="tok/s"),
+        "w2": row("w2", 9.0, "1", unit="tok/s"),
+    }
+    found = report.speedups(rows, peers)
+    assert [(s.ours, dict(s.others)) for s in found] == [(2.0, {}), (2.0, {"B 2": 0.5})]
+    file = tmp_path / "a.svg"
+    plot.draw_speedups(found, "A 1", file)
+    assert {"jaxengine", "A 1", "B 2", "2.0"} <= set(
+        re.findall(r">([^<>]+)</text>", file.read_text())
+    )
