@@ -121,7 +121,9 @@ SAMPLING_VARIANTS: dict[str, Variant] = {
     "filters": Variant({"temperature": 1.0, "top_p": 0.95, "top_k": 50, "min_p": 0.05}),
     "penalties": Variant({"temperature": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.1}),
     "custom": Variant({"temperature": 1.0}, _custom_sampler, "a user's mirostat"),
-    "logprobs": Variant({"temperature": 0.0}, lambda: {"return_logprob": True}, "token logprobs, left as arrays"),
+    "logprobs": Variant(
+        {"temperature": 0.0}, lambda: {"return_logprob": True}, "token logprobs, left as arrays"
+    ),
     "top_logprobs": Variant(
         {"temperature": 0.0},
         lambda: {"return_logprob": True, "top_logprobs_num": 20},
