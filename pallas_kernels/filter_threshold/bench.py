@@ -6,16 +6,15 @@ kernel reads. `passes` is the time over that of reading the logits once at 4.37 
 measured on an H200. Every row was compared with the reference in the same run.
 """
 
-import argparse
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.bench_main import print_rows
 from pallas_kernels.filter_threshold import reference, triton
 from pallas_kernels.filter_threshold.arg_specs import ARG_SPECS, ArgSpec
 from pallas_kernels.timing import time_configs
@@ -34,11 +33,11 @@ def _grid(**choices: Sequence[int]) -> list[triton.TuningConfig]:
 
 SWEEPS = {
     "flat-top-p-b256": [
-        *_grid(num_warps=(4, 8, 16), tile_blocks=(16, 32, 64)),
-        *_grid(sample_pieces=(512, 2048), num_warps=(8, 16)),
+        *_grid(collect_warps=(4, 8, 16), tile_blocks=(16, 32, 64)),
+        *_grid(sample_pieces=(512, 2048), collect_warps=(8, 16)),
     ],
-    "flat-top-p-b1": _grid(num_warps=(4, 8, 16), tile_blocks=(16, 32, 64)),
-    "text-like-top-p-b256": _grid(num_warps=(4, 8, 16), tile_blocks=(16, 32, 64)),
+    "flat-top-p-b1": _grid(collect_warps=(4, 8, 16), tile_blocks=(16, 32, 64)),
+    "text-like-top-p-b256": _grid(collect_warps=(4, 8, 16), tile_blocks=(16, 32, 64)),
 }
 """Tile choices to try, by name of the spec."""
 
@@ -90,16 +89,5 @@ def _spec_rows(
         }
 
 
-def main() -> None:
-    """Prints the rows of the named specs, all by default."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("specs", nargs="*", help="names from arg_specs; all by default")
-    parser.add_argument("--defaults-only", action="store_true", help="no other tile choices")
-    args = parser.parse_args()
-    specs = [spec for spec in SPECS if not args.specs or spec.name in args.specs]
-    for row in rows(jax.devices("gpu")[0], specs, is_sweep=not args.defaults_only):
-        print(json.dumps(row), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_rows(__doc__, SPECS, rows)

@@ -4,17 +4,16 @@ Prints one JSON line per spec and tile choice, the default choice first. `tflop_
 visible scores alone. Every row was compared with the reference in the same run.
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.bench_main import print_rows
 from pallas_kernels.ragged_prefill_attention import reference, triton
 from pallas_kernels.ragged_prefill_attention.arg_specs import ARG_SPECS, ArgSpec
 from pallas_kernels.timing import time_configs
@@ -88,16 +87,5 @@ def _spec_rows(
         }
 
 
-def main() -> None:
-    """Prints the rows of the named specs, all by default."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("specs", nargs="*", help="names from arg_specs; all by default")
-    parser.add_argument("--defaults-only", action="store_true", help="no other tile choices")
-    args = parser.parse_args()
-    specs = [spec for spec in ARG_SPECS if not args.specs or spec.name in args.specs]
-    for row in rows(jax.devices("gpu")[0], specs, is_sweep=not args.defaults_only):
-        print(json.dumps(row), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_rows(__doc__, ARG_SPECS, rows)

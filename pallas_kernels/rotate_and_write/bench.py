@@ -4,14 +4,13 @@ Prints one JSON line per spec for the kernel and one for plain XLA. `tb_per_s` c
 read and written once. Every row was compared with the reference in the same run.
 """
 
-import argparse
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.bench_main import print_rows
 from pallas_kernels.rotate_and_write import reference, triton
 from pallas_kernels.rotate_and_write.arg_specs import ARG_SPECS, ArgSpec
 from pallas_kernels.timing import time_configs
@@ -24,14 +23,16 @@ _BACKENDS = {
 }
 
 
-def rows(device: Any, specs: Sequence[ArgSpec]) -> Iterator[dict[str, Any]]:
-    """Yields one row per spec and backend."""
+def rows(
+    device: Any, specs: Sequence[ArgSpec] = ARG_SPECS, is_sweep: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Yields one row per spec and backend, or of the kernel alone."""
     with jax.default_device(device):
         for spec in specs:
-            yield from _spec_rows(spec, device)
+            yield from _spec_rows(spec, device, [*_BACKENDS] if is_sweep else ["triton"])
 
 
-def _spec_rows(spec: ArgSpec, device: Any) -> Iterator[dict[str, Any]]:
+def _spec_rows(spec: ArgSpec, device: Any, backends: Sequence[str]) -> Iterator[dict[str, Any]]:
     q, k, v, cos, sin, cache, pages, offsets = spec.arrays(_DTYPE, seed=0)
     cache = jnp.zeros_like(cache)
 
@@ -41,7 +42,7 @@ def _spec_rows(spec: ArgSpec, device: Any) -> Iterator[dict[str, Any]]:
     carry = q, cache
     want, _ = op(carry, config="reference")
     num_bytes = 2 * (q.nbytes + k.nbytes + v.nbytes) + cos.nbytes + sin.nbytes
-    for timing in time_configs(op, [*_BACKENDS], carry, (), [()], num_rounds=256, want=want):
+    for timing in time_configs(op, backends, carry, (), [()], num_rounds=256, want=want):
         yield {
             "op": "rotate_and_write",
             "spec": spec.name,
@@ -57,15 +58,5 @@ def _spec_rows(spec: ArgSpec, device: Any) -> Iterator[dict[str, Any]]:
         }
 
 
-def main() -> None:
-    """Prints the rows of the named specs, all by default."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("specs", nargs="*", help="names from arg_specs; all by default")
-    args = parser.parse_args()
-    specs = [spec for spec in ARG_SPECS if not args.specs or spec.name in args.specs]
-    for row in rows(jax.devices("gpu")[0], specs):
-        print(json.dumps(row), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_rows(__doc__, ARG_SPECS, rows)

@@ -4,14 +4,13 @@ Prints one JSON line per spec and tile choice, the default choice first. Every r
 with the reference in the same run.
 """
 
-import argparse
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
+from pallas_kernels.bench_main import print_rows
 from pallas_kernels.timing import time_configs
 from pallas_kernels.vocab_blocks import reference, triton
 from pallas_kernels.vocab_blocks.arg_specs import ARG_SPECS, ArgSpec
@@ -71,16 +70,5 @@ def _with_result(x: jax.Array, sums: BlockSums) -> jax.Array:
     return x.at[:, 0].set(sums.log.mean(axis=-1))
 
 
-def main() -> None:
-    """Prints the rows of the named specs, all by default."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("specs", nargs="*", help="names from arg_specs; all by default")
-    parser.add_argument("--defaults-only", action="store_true", help="no other choices")
-    args = parser.parse_args()
-    specs = [spec for spec in SPECS if not args.specs or spec.name in args.specs]
-    for row in rows(jax.devices("gpu")[0], specs, is_sweep=not args.defaults_only):
-        print(json.dumps(row), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_rows(__doc__, SPECS, rows)
