@@ -49,3 +49,14 @@ def float_of_order(order: jax.Array) -> jax.Array:
     """Returns the floats that `order_of_float` made integers of."""
     bits = jnp.where(order < 0, order ^ jnp.int32(0x7FFFFFFF), order)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def inverse(temperature: jax.Array | None, num_rows: int) -> jax.Array:
+    """Returns 1 / temperature of each row; None is 1.
+
+    Beyond 1e-30 and 1e30 temperatures do alike, and their inverses are zero or infinite, which
+    times an infinite or a zero difference of logits would be NaN.
+    """
+    if temperature is None:
+        return jnp.ones(num_rows, jnp.float32)
+    return 1 / jnp.clip(temperature, 1e-30, 1e30)

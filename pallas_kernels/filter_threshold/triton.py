@@ -35,8 +35,8 @@ from pallas_kernels.filter_threshold.bracket import (
     load_row,
     num_true,
 )
-from pallas_kernels.triton_math import float_of_order
-from pallas_kernels.vocab_blocks import BLOCK, block_sums
+from pallas_kernels.triton_math import float_of_order, inverse
+from pallas_kernels.vocab_blocks import BLOCK, BlockSums, block_sums
 
 MAX_BLOCKS = 4096
 """Blocks of a row whose maxima one program holds at once."""
@@ -89,6 +89,7 @@ def _guess_kernel(
     logits_ref,  # [B, V]
     tops_ref,  # [B, blocks]
     sums_ref,  # [B, blocks]
+    inverse_ref,  # [B], of the temperatures
     top_k_ref,  # [B]
     top_p_ref,  # [B]
     low_ref,  # [B]
@@ -98,7 +99,7 @@ def _guess_kernel(
     *,
     config: TuningConfig,
 ):
-    row = load_row(tops_ref, sums_ref, top_k_ref, top_p_ref, logits_ref.shape[1])
+    row = load_row(tops_ref, sums_ref, inverse_ref, top_k_ref, top_p_ref, logits_ref.shape[1])
     low, high = guess(row, logits_ref, config)
     low_ref[row.index], high_ref[row.index] = low, high
     active = _store_active(row, float_of_order(low), ids_ref)
@@ -118,6 +119,7 @@ def _store_active(row: Row, low: jax.Array, ids_ref) -> jax.Array:
 def _collect_kernel(
     logits_ref,  # [B, V]
     tops_ref,  # [B], the largest logits
+    inverse_ref,  # [B], of the temperatures
     low_ref,  # [B]
     high_ref,  # [B]
     ids_ref,  # [B, blocks]
@@ -133,7 +135,8 @@ def _collect_kernel(
     row, split = pl.program_id(0), pl.program_id(1)
     counts = _collect(
         row,
-        (float_of_order(low_ref[row]), float_of_order(high_ref[row]), tops_ref[row]),
+        (float_of_order(low_ref[row]), float_of_order(high_ref[row])),
+        (tops_ref[row], inverse_ref[row]),
         (logits_ref, ids_ref, found_ref),
         num_active_ref[row],
         (split, config.num_splits),
@@ -145,7 +148,8 @@ def _collect_kernel(
 
 def _collect(
     row: jax.Array,
-    bounds: tuple[jax.Array, jax.Array, jax.Array],
+    bounds: tuple[jax.Array, jax.Array],
+    scale: tuple[jax.Array, jax.Array],
     refs,
     num_active: jax.Array,
     share: tuple[jax.Array | int, int],
@@ -155,13 +159,14 @@ def _collect(
 
     Args:
       row: Its index.
-      bounds: low, high, and the largest logit.
+      bounds: low and high.
+      scale: The largest logit, and the inverse of the temperature.
       refs: The logits, the active blocks' ids, and where tokens are written.
       num_active: Active blocks.
       share: (i, n), every n-th tile from the i-th; tokens go to the i-th of n parts.
       config: Tile parameters.
     """
-    low, high, top = bounds
+    (low, high), (top, inverse) = bounds, scale
     logits_ref, ids_ref, found_ref = refs
     part, num_parts = share
     capacity = config.max_found // num_parts
@@ -178,7 +183,7 @@ def _collect(
     def scan_tile(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         x, num_found, above, mass_above, mass_found = carry
         following = load(i + 1)
-        weights = jnp.exp(x - top)
+        weights = jnp.exp((x - top) * inverse)
         is_above = x >= high
         is_found = (x >= low) & ~is_above
         within = jnp.cumsum(is_found.astype(jnp.int32), axis=1)
@@ -211,6 +216,7 @@ def _finish_kernel(
     logits_ref,  # [B, V]
     tops_ref,  # [B, blocks]
     sums_ref,  # [B, blocks]
+    inverse_ref,  # [B], of the temperatures
     top_k_ref,  # [B]
     top_p_ref,  # [B]
     min_p_ref,  # [B]
@@ -228,7 +234,7 @@ def _finish_kernel(
     config: TuningConfig,
     interpret: bool,
 ):
-    row = load_row(tops_ref, sums_ref, top_k_ref, top_p_ref, logits_ref.shape[1])
+    row = load_row(tops_ref, sums_ref, inverse_ref, top_k_ref, top_p_ref, logits_ref.shape[1])
     barrier = (lambda: None) if interpret else pltriton.debug_barrier
 
     def look_again(search: _Search) -> _Search:
@@ -237,7 +243,9 @@ def _finish_kernel(
         num_active = _store_active(row, low, ids_ref)
         barrier()
         refs = (logits_ref, ids_ref, refound_ref)
-        counts = _collect(row.index, (low, high, row.max), refs, num_active, (0, 1), config)
+        counts = _collect(
+            row.index, (low, high), (row.max, row.inverse), refs, num_active, (0, 1), config
+        )
         barrier()
         return _judged(row, search, counts, counts.found <= config.max_found)
 
@@ -246,7 +254,8 @@ def _finish_kernel(
         pltriton.load(ref.at[row.index, splits])
         for ref in (above_ref, mass_above_ref, num_found_ref, mass_found_ref)
     ]
-    fits = parts[2].max(axis=0) <= config.max_found // config.num_splits
+    most = parts[2].max(axis=0)
+    fits = most <= config.capacity
     start = _Search(
         proved_low=jnp.int32(LOWEST_ORDER),
         proved_high=row.highest,
@@ -262,20 +271,31 @@ def _finish_kernel(
     search = jax.lax.while_loop(
         lambda search: row.is_searched & (search.is_open > 0), look_again, search
     )
-    place = jnp.arange(config.max_found)
-    is_found = place < search.num_found
     is_again = search.num_passes > 0
-    again = pltriton.load(
-        refound_ref.at[row.index, place], mask=is_found & is_again, other=-jnp.inf
+
+    def found(width: int) -> jax.Array:
+        place = jnp.arange(config.num_splits * width)
+        split, inside = place // width, place % width
+        is_found = inside < pltriton.load(num_found_ref.at[row.index, split])
+        return pltriton.load(
+            found_ref.at[row.index, split * config.capacity + inside],
+            mask=is_found & ~is_again,
+            other=-jnp.inf,
+        )
+
+    def among_many() -> jax.Array:
+        place = jnp.arange(config.max_found)
+        mask = (place < search.num_found) & is_again
+        again = pltriton.load(refound_ref.at[row.index, place], mask=mask, other=-jnp.inf)
+        return _threshold(row, search, jnp.maximum(found(config.capacity), again))
+
+    few = config.capacity // 4
+    threshold = jax.lax.cond(
+        is_again | (most > few), among_many, lambda: _threshold(row, search, found(few))
     )
-    first = pltriton.load(
-        found_ref.at[row.index, _place_in_parts(place, row.index, num_found_ref, config)],
-        mask=is_found & ~is_again,
-        other=-jnp.inf,
-    )
-    found = _threshold(row, search, jnp.maximum(first, again))
-    found = jnp.where(row.is_searched, found, -jnp.inf)
-    out_ref[row.index] = jnp.maximum(found, row.max + jnp.log(min_p_ref[row.index]))
+    threshold = jnp.where(row.is_searched, threshold, -jnp.inf)
+    by_min_p = row.max + jnp.log(min_p_ref[row.index]) / row.inverse
+    out_ref[row.index] = jnp.maximum(threshold, by_min_p)
 
 
 def _judged(row: Row, search: _Search, counts: _Counts, fits: jax.Array) -> _Search:
@@ -301,19 +321,6 @@ def _judged(row: Row, search: _Search, counts: _Counts, fits: jax.Array) -> _Sea
         is_open=(~is_found).astype(jnp.int32),
         num_passes=search.num_passes + 1,
     )
-
-
-def _place_in_parts(
-    place: jax.Array, row: jax.Array, num_found_ref, config: TuningConfig
-) -> jax.Array:
-    """Where the tokens lie that the splits wrote, each to a part of its own."""
-    capacity = config.max_found // config.num_splits
-    start, inside = jnp.int32(0), place
-    for split in range(config.num_splits):
-        start = start + jnp.minimum(num_found_ref[row, split], capacity)
-        is_past = place >= start
-        inside = jnp.where(is_past, (split + 1) * capacity + place - start, inside)
-    return jnp.minimum(inside, config.max_found - 1)
 
 
 def _threshold(row: Row, search: _Search, found: jax.Array) -> jax.Array:
@@ -351,6 +358,7 @@ def filter_threshold(
     top_k: Int[Array, " B"],
     top_p: Float[Array, " B"],
     min_p: Float[Array, " B"],
+    sums: BlockSums | None = None,
     *,
     config: TuningConfig | None = None,
     interpret: bool = False,
@@ -358,6 +366,11 @@ def filter_threshold(
     """Finds the threshold of each row; see `api.filter_threshold`.
 
     Args:
+      logits: Of each row.
+      top_k: As in the op.
+      top_p: As in the op.
+      min_p: As in the op.
+      sums: Of the blocks; None has XLA fuse them with what computes the logits.
       config: Tile parameters; None takes the defaults.
       interpret: Run in the Pallas interpreter, on any backend.
     """
@@ -384,14 +397,16 @@ def filter_threshold(
 
     rows, splits, ints, floats = (num_rows,), (num_rows, config.num_splits), jnp.int32, jnp.float32
     blocks, found = ((num_rows, num_blocks), ints), ((num_rows, config.max_found), floats)
-    sums = block_sums(logits, implementation="reference")
+    if sums is None:
+        sums = block_sums(logits, implementation="reference")
+    inverses = inverse(sums.temperature, num_rows)
     low, high, ids, num_active = call(
         functools.partial(_guess_kernel, config=config),
         rows,
         config.guess_warps,
         0.1,
         [(rows, ints), (rows, ints), blocks, (rows, ints)],
-        *(logits, sums.max, sums.sum, top_k, top_p),
+        *(logits, sums.max, sums.sum, inverses, top_k, top_p),
     )
     counts = call(
         functools.partial(_collect_kernel, config=config),
@@ -399,7 +414,7 @@ def filter_threshold(
         config.collect_warps,
         1,
         [(splits, ints), (splits, floats), (splits, ints), (splits, floats), found],
-        *(logits, sums.max.max(axis=-1), low, high, ids, num_active),
+        *(logits, sums.max.max(axis=-1), inverses, low, high, ids, num_active),
     )
     threshold, *_ = call(
         functools.partial(_finish_kernel, config=config, interpret=interpret),
@@ -407,6 +422,6 @@ def filter_threshold(
         config.finish_warps,
         0.1,
         [(rows, floats), blocks, found],
-        *(logits, sums.max, sums.sum, top_k, top_p, min_p, low, high, *counts),
+        *(logits, sums.max, sums.sum, inverses, top_k, top_p, min_p, low, high, *counts),
     )
     return threshold
