@@ -51,12 +51,17 @@ def float_of_order(order: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def inverse(temperature: jax.Array | None, num_rows: int) -> jax.Array:
-    """Returns 1 / temperature of each row; None is 1.
+def inverses(temperature: jax.Array | None) -> jax.Array:
+    """Returns 1 / temperature of each row, or a single 1 for all of them; for `inverse_of`.
 
     Beyond 1e-30 and 1e30 temperatures do alike, and their inverses are zero or infinite, which
     times an infinite or a zero difference of logits would be NaN.
     """
     if temperature is None:
-        return jnp.ones(num_rows, jnp.float32)
+        return jnp.ones(1, jnp.float32)  # a constant, where one a row would be a kernel's work
     return 1 / jnp.clip(temperature, 1e-30, 1e30)
+
+
+def inverse_of(inverses_ref, row: jax.Array) -> jax.Array:
+    """Reads the inverse of a row's temperature in a kernel."""
+    return inverses_ref[row if inverses_ref.shape[0] > 1 else 0]

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.triton_math import order_of_float
+from pallas_kernels.triton_math import inverse_of, order_of_float
 from pallas_kernels.vocab_blocks import BLOCK, LOWEST
 
 LOWEST_ORDER = int(np.float32(LOWEST).view(np.int32)) ^ 0x7FFFFFFF
@@ -105,7 +105,7 @@ def num_true(mask: jax.Array) -> jax.Array:
     return all_sum(mask.astype(jnp.int32))
 
 
-def load_row(tops_ref, sums_ref, inverse_ref, top_k_ref, top_p_ref, vocab_size: int) -> Row:
+def load_row(tops_ref, sums_ref, inverses_ref, top_k_ref, top_p_ref, vocab_size: int) -> Row:
     """Reads what is known of this program's row."""
     index = pl.program_id(0)
     num_blocks = tops_ref.shape[1]
@@ -113,7 +113,7 @@ def load_row(tops_ref, sums_ref, inverse_ref, top_k_ref, top_p_ref, vocab_size: 
     is_block = blocks < num_blocks
     tops = pltriton.load(tops_ref.at[index, blocks], mask=is_block, other=-jnp.inf)
     sums = pltriton.load(sums_ref.at[index, blocks], mask=is_block, other=0.0)
-    top, inverse = tops.max(axis=0), inverse_ref[index]
+    top, inverse = tops.max(axis=0), inverse_of(inverses_ref, index)
     total = (sums * jnp.exp((tops - top) * inverse)).sum(axis=0)
     top_k, top_p = top_k_ref[index], top_p_ref[index]
     has_k, has_p = (top_k >= 1) & (top_k < vocab_size), top_p < 1

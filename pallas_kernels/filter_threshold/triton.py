@@ -35,7 +35,7 @@ from pallas_kernels.filter_threshold.bracket import (
     load_row,
     num_true,
 )
-from pallas_kernels.triton_math import float_of_order, inverse
+from pallas_kernels.triton_math import float_of_order, inverse_of, inverses
 from pallas_kernels.vocab_blocks import BLOCK, BlockSums, block_sums
 
 MAX_BLOCKS = 4096
@@ -89,9 +89,10 @@ def _guess_kernel(
     logits_ref,  # [B, V]
     tops_ref,  # [B, blocks]
     sums_ref,  # [B, blocks]
-    inverse_ref,  # [B], of the temperatures
+    inverses_ref,  # [B] or [1], of the temperatures
     top_k_ref,  # [B]
     top_p_ref,  # [B]
+    top_ref,  # [B], the largest logits
     low_ref,  # [B]
     high_ref,  # [B]
     ids_ref,  # [B, blocks], the active blocks
@@ -99,9 +100,9 @@ def _guess_kernel(
     *,
     config: TuningConfig,
 ):
-    row = load_row(tops_ref, sums_ref, inverse_ref, top_k_ref, top_p_ref, logits_ref.shape[1])
+    row = load_row(tops_ref, sums_ref, inverses_ref, top_k_ref, top_p_ref, logits_ref.shape[1])
     low, high = guess(row, logits_ref, config)
-    low_ref[row.index], high_ref[row.index] = low, high
+    top_ref[row.index], low_ref[row.index], high_ref[row.index] = row.max, low, high
     active = _store_active(row, float_of_order(low), ids_ref)
     num_active_ref[row.index] = jnp.where(row.is_searched, active, 0)
 
@@ -118,8 +119,8 @@ def _store_active(row: Row, low: jax.Array, ids_ref) -> jax.Array:
 
 def _collect_kernel(
     logits_ref,  # [B, V]
-    tops_ref,  # [B], the largest logits
-    inverse_ref,  # [B], of the temperatures
+    top_ref,  # [B], the largest logits
+    inverses_ref,  # [B] or [1], of the temperatures
     low_ref,  # [B]
     high_ref,  # [B]
     ids_ref,  # [B, blocks]
@@ -136,7 +137,7 @@ def _collect_kernel(
     counts = _collect(
         row,
         (float_of_order(low_ref[row]), float_of_order(high_ref[row])),
-        (tops_ref[row], inverse_ref[row]),
+        (top_ref[row], inverse_of(inverses_ref, row)),
         (logits_ref, ids_ref, found_ref),
         num_active_ref[row],
         (split, config.num_splits),
@@ -216,7 +217,7 @@ def _finish_kernel(
     logits_ref,  # [B, V]
     tops_ref,  # [B, blocks]
     sums_ref,  # [B, blocks]
-    inverse_ref,  # [B], of the temperatures
+    inverses_ref,  # [B] or [1], of the temperatures
     top_k_ref,  # [B]
     top_p_ref,  # [B]
     min_p_ref,  # [B]
@@ -234,7 +235,7 @@ def _finish_kernel(
     config: TuningConfig,
     interpret: bool,
 ):
-    row = load_row(tops_ref, sums_ref, inverse_ref, top_k_ref, top_p_ref, logits_ref.shape[1])
+    row = load_row(tops_ref, sums_ref, inverses_ref, top_k_ref, top_p_ref, logits_ref.shape[1])
     barrier = (lambda: None) if interpret else pltriton.debug_barrier
 
     def look_again(search: _Search) -> _Search:
@@ -399,14 +400,14 @@ def filter_threshold(
     blocks, found = ((num_rows, num_blocks), ints), ((num_rows, config.max_found), floats)
     if sums is None:
         sums = block_sums(logits, implementation="reference")
-    inverses = inverse(sums.temperature, num_rows)
-    low, high, ids, num_active = call(
+    scale = inverses(sums.temperature)
+    top, low, high, ids, num_active = call(
         functools.partial(_guess_kernel, config=config),
         rows,
         config.guess_warps,
         0.1,
-        [(rows, ints), (rows, ints), blocks, (rows, ints)],
-        *(logits, sums.max, sums.sum, inverses, top_k, top_p),
+        [(rows, floats), (rows, ints), (rows, ints), blocks, (rows, ints)],
+        *(logits, sums.max, sums.sum, scale, top_k, top_p),
     )
     counts = call(
         functools.partial(_collect_kernel, config=config),
@@ -414,7 +415,7 @@ def filter_threshold(
         config.collect_warps,
         1,
         [(splits, ints), (splits, floats), (splits, ints), (splits, floats), found],
-        *(logits, sums.max.max(axis=-1), inverses, low, high, ids, num_active),
+        *(logits, top, scale, low, high, ids, num_active),
     )
     threshold, *_ = call(
         functools.partial(_finish_kernel, config=config, interpret=interpret),
@@ -422,6 +423,6 @@ def filter_threshold(
         config.finish_warps,
         0.1,
         [(rows, floats), blocks, found],
-        *(logits, sums.max, sums.sum, inverses, top_k, top_p, min_p, low, high, *counts),
+        *(logits, sums.max, sums.sum, scale, top_k, top_p, min_p, low, high, *counts),
     )
     return threshold

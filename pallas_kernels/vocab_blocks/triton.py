@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float
 
-from pallas_kernels.triton_math import inverse
+from pallas_kernels.triton_math import inverse_of, inverses
 from pallas_kernels.vocab_blocks.blocks import BLOCK, LOWEST, BlockSums
 
 
@@ -39,7 +39,7 @@ def _tokens(x_ref, row: jax.Array, block: jax.Array, is_read: jax.Array) -> jax.
 
 def _sums_kernel(
     x_ref,  # [B, V]
-    inverse_ref,  # [B], of the temperatures
+    inverses_ref,  # [B] or [1], of the temperatures
     max_ref,  # [B, blocks]
     sum_ref,  # [B, blocks]
     *,
@@ -51,7 +51,7 @@ def _sums_kernel(
     x = _tokens(x_ref, row, block, is_block)
     # Finite even where all are removed: -inf - -inf is NaN.
     top = jnp.maximum(x.max(axis=1), LOWEST)
-    total = jnp.exp((x - top[:, None]) * inverse_ref[row]).sum(axis=1)
+    total = jnp.exp((x - top[:, None]) * inverse_of(inverses_ref, row)).sum(axis=1)
     # The hardware's maximum loses NaN; the sum does not.
     top = jnp.where(jnp.isnan(total), jnp.nan, top)
     pltriton.store(max_ref.at[row, block], top, mask=is_block)
@@ -60,7 +60,7 @@ def _sums_kernel(
 
 def _kept_kernel(
     x_ref,  # [B, V]
-    inverse_ref,  # [B], of the temperatures
+    inverses_ref,  # [B] or [1], of the temperatures
     all_max_ref,  # [B, blocks]
     all_sum_ref,  # [B, blocks]
     lowest_ref,  # [B]
@@ -81,7 +81,7 @@ def _kept_kernel(
     def read() -> jax.Array:
         x = _tokens(x_ref, row, block, is_read)
         finite = jnp.where(is_read, top, 0.0)[:, None]
-        weights = jnp.exp((x - finite) * inverse_ref[row])
+        weights = jnp.exp((x - finite) * inverse_of(inverses_ref, row))
         return jnp.where(x < lowest, 0.0, weights).sum(axis=1)
 
     def keep() -> jax.Array:
@@ -158,4 +158,4 @@ def _call(
         ),
         interpret=interpret,
         name=f"block{kernel.__name__.removesuffix('_kernel')}",
-    )(x, inverse(temperature, num_rows), *args)
+    )(x, inverses(temperature), *args)
