@@ -17,7 +17,7 @@ LOWEST_ORDER = int(np.float32(LOWEST).view(np.int32)) ^ 0x7FFFFFFF
 
 _PIECE = 8  # tokens of one memory sector, the unit of a sample
 _FEW = 16  # sampled tokens above a threshold, below which an estimate is not trusted
-_TRIED = 16  # thresholds that a round of a search tries at once
+_TRIED = 8  # thresholds that a round of a search tries at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class TuningConfig:
       finish_warps: Warps of a program that finishes.
     """
 
-    tile_blocks: int = 8
+    tile_blocks: int = 4
     num_splits: int = 32
     max_found: int = 16384
     sample_pieces: int = 512
@@ -166,9 +166,10 @@ class _Interval(NamedTuple):
 
 def _above(x: jax.Array, weights: jax.Array, thresholds: jax.Array) -> tuple[jax.Array, jax.Array]:
     """How many are at or above each threshold, and the weight of those below."""
-    is_above = x[:, None] >= thresholds[None, :]
-    below = jnp.where(is_above, 0.0, weights[:, None]).sum(axis=0)
-    return is_above.astype(jnp.int32).sum(axis=0), below
+    # Thresholds along the first axis, which stays inside a thread.
+    is_above = x[None, :] >= thresholds[:, None]
+    below = jnp.where(is_above, 0.0, weights[None, :]).sum(axis=1)
+    return is_above.astype(jnp.int32).sum(axis=1), below
 
 
 def _from_blocks(row: Row, config: TuningConfig) -> tuple[jax.Array, jax.Array]:

@@ -197,14 +197,13 @@ def _collect(
         return (
             following,
             num_found + totals.sum(axis=0),
-            above + is_above.astype(jnp.int32),
-            mass_above + jnp.where(is_above, weights, 0.0),
-            mass_found + jnp.where(is_found, weights, 0.0),
+            above + is_above.astype(jnp.int32).sum(axis=0),
+            mass_above + jnp.where(is_above, weights, 0.0).sum(axis=0),
+            mass_found + jnp.where(is_found, weights, 0.0).sum(axis=0),
         )
 
-    shape = (config.tile_blocks, BLOCK)
-    zeros = jnp.zeros(shape, jnp.float32)
-    start = (load(jnp.int32(0)), jnp.int32(0), jnp.zeros(shape, jnp.int32), zeros, zeros)
+    zeros = jnp.zeros(BLOCK, jnp.float32)
+    start = (load(jnp.int32(0)), jnp.int32(0), jnp.zeros(BLOCK, jnp.int32), zeros, zeros)
     num_tiles = pl.cdiv(num_active, config.tile_blocks)
     rounds = jax.lax.div(num_tiles - part + num_parts - 1, jnp.int32(num_parts))
     _, found, above, mass_above, mass_found = jax.lax.fori_loop(
