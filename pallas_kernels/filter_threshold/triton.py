@@ -35,7 +35,13 @@ from pallas_kernels.filter_threshold.bracket import (
     load_row,
     num_true,
 )
-from pallas_kernels.triton_math import float_of_order, inverse_of, inverses
+from pallas_kernels.filter_threshold.collect import (
+    Counts,
+    collect,
+    collect_kernel,
+    store_active,
+)
+from pallas_kernels.triton_math import float_of_order, inverses
 from pallas_kernels.vocab_blocks import BLOCK, BlockSums, block_sums
 
 MAX_BLOCKS = 4096
@@ -69,22 +75,6 @@ class _Search(NamedTuple):
     num_passes: jax.Array
 
 
-class _Counts(NamedTuple):
-    """What a pass over (a part of) the active blocks found.
-
-    Attributes:
-      above: Tokens above the bracket.
-      mass_above: Their mass.
-      found: Tokens inside.
-      mass_found: Their mass.
-    """
-
-    above: jax.Array
-    mass_above: jax.Array
-    found: jax.Array
-    mass_found: jax.Array
-
-
 def _guess_kernel(
     logits_ref,  # [B, V]
     tops_ref,  # [B, blocks]
@@ -103,113 +93,8 @@ def _guess_kernel(
     row = load_row(tops_ref, sums_ref, inverses_ref, top_k_ref, top_p_ref, logits_ref.shape[1])
     low, high = guess(row, logits_ref, config)
     top_ref[row.index], low_ref[row.index], high_ref[row.index] = row.max, low, high
-    active = _store_active(row, float_of_order(low), ids_ref)
+    active = store_active(row, float_of_order(low), ids_ref)
     num_active_ref[row.index] = jnp.where(row.is_searched, active, 0)
-
-
-def _store_active(row: Row, low: jax.Array, ids_ref) -> jax.Array:
-    """Writes the blocks that have a token from `low` up, and returns how many they are."""
-    is_active = row.tops >= low
-    place = jnp.cumsum(is_active.astype(jnp.int32)) - 1
-    # What is not stored points past the end: in the interpreter it would else undo what is.
-    place = jnp.where(is_active, place, ids_ref.shape[1])
-    pltriton.store(ids_ref.at[row.index, place], row.blocks, mask=is_active)
-    return num_true(is_active)
-
-
-def _collect_kernel(
-    logits_ref,  # [B, V]
-    top_ref,  # [B], the largest logits
-    inverses_ref,  # [B] or [1], of the temperatures
-    low_ref,  # [B]
-    high_ref,  # [B]
-    ids_ref,  # [B, blocks]
-    num_active_ref,  # [B]
-    above_ref,  # [B, splits]
-    mass_above_ref,  # [B, splits]
-    num_found_ref,  # [B, splits]
-    mass_found_ref,  # [B, splits]
-    found_ref,  # [B, max_found], a part for each split
-    *,
-    config: TuningConfig,
-):
-    row, split = pl.program_id(0), pl.program_id(1)
-    counts = _collect(
-        row,
-        (float_of_order(low_ref[row]), float_of_order(high_ref[row])),
-        (top_ref[row], inverse_of(inverses_ref, row)),
-        (logits_ref, ids_ref, found_ref),
-        num_active_ref[row],
-        (split, config.num_splits),
-        config,
-    )
-    above_ref[row, split], mass_above_ref[row, split] = counts.above, counts.mass_above
-    num_found_ref[row, split], mass_found_ref[row, split] = counts.found, counts.mass_found
-
-
-def _collect(
-    row: jax.Array,
-    bounds: tuple[jax.Array, jax.Array],
-    scale: tuple[jax.Array, jax.Array],
-    refs,
-    num_active: jax.Array,
-    share: tuple[jax.Array | int, int],
-    config: TuningConfig,
-) -> _Counts:
-    """Counts tokens and writes those of the bracket, in one pass over the active blocks.
-
-    Args:
-      row: Its index.
-      bounds: low and high.
-      scale: The largest logit, and the inverse of the temperature.
-      refs: The logits, the active blocks' ids, and where tokens are written.
-      num_active: Active blocks.
-      share: (i, n), every n-th tile from the i-th; tokens go to the i-th of n parts.
-      config: Tile parameters.
-    """
-    (low, high), (top, inverse) = bounds, scale
-    logits_ref, ids_ref, found_ref = refs
-    part, num_parts = share
-    capacity = config.max_found // num_parts
-    lane = jnp.arange(BLOCK)[None, :]
-
-    def load(i: jax.Array) -> jax.Array:
-        slot = (part + i * num_parts) * config.tile_blocks + jnp.arange(config.tile_blocks)
-        is_here = slot < num_active
-        block = pltriton.load(ids_ref.at[row, slot], mask=is_here, other=0)
-        index = block[:, None] * BLOCK + lane
-        is_token = is_here[:, None] & (index < logits_ref.shape[1])
-        return pltriton.load(logits_ref.at[row, index], mask=is_token, other=-jnp.inf)
-
-    def scan_tile(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        x, num_found, above, mass_above, mass_found = carry
-        following = load(i + 1)
-        weights = jnp.exp((x - top) * inverse)
-        is_above = x >= high
-        is_found = (x >= low) & ~is_above
-        within = jnp.cumsum(is_found.astype(jnp.int32), axis=1)
-        totals = is_found.astype(jnp.int32).sum(axis=1)
-        before = num_found + jnp.cumsum(totals) - totals
-        place = before[:, None] + within - 1
-        is_stored = is_found & (place < capacity)
-        place = jnp.where(is_stored, part * capacity + place, config.max_found)
-        pltriton.store(found_ref.at[row, place], x, mask=is_stored)
-        return (
-            following,
-            num_found + totals.sum(axis=0),
-            above + is_above.astype(jnp.int32).sum(axis=0),
-            mass_above + jnp.where(is_above, weights, 0.0).sum(axis=0),
-            mass_found + jnp.where(is_found, weights, 0.0).sum(axis=0),
-        )
-
-    zeros = jnp.zeros(BLOCK, jnp.float32)
-    start = (load(jnp.int32(0)), jnp.int32(0), jnp.zeros(BLOCK, jnp.int32), zeros, zeros)
-    num_tiles = pl.cdiv(num_active, config.tile_blocks)
-    rounds = jax.lax.div(num_tiles - part + num_parts - 1, jnp.int32(num_parts))
-    _, found, above, mass_above, mass_found = jax.lax.fori_loop(
-        jnp.int32(0), rounds, scan_tile, start
-    )
-    return _Counts(all_sum(above), all_sum(mass_above), found, all_sum(mass_found))
 
 
 def _finish_kernel(
@@ -240,10 +125,10 @@ def _finish_kernel(
     def look_again(search: _Search) -> _Search:
         low, high = float_of_order(search.low), float_of_order(search.high)
         barrier()  # an earlier pass may still be reading
-        num_active = _store_active(row, low, ids_ref)
+        num_active = store_active(row, low, ids_ref)
         barrier()
         refs = (logits_ref, ids_ref, refound_ref)
-        counts = _collect(
+        counts = collect(
             row.index, (low, high), (row.max, row.inverse), refs, num_active, (0, 1), config
         )
         barrier()
@@ -267,7 +152,7 @@ def _finish_kernel(
         is_open=jnp.int32(0),
         num_passes=jnp.int32(-1),
     )
-    search = _judged(row, start, _Counts(*(part.sum(axis=0) for part in parts)), fits)
+    search = _judged(row, start, Counts(*(part.sum(axis=0) for part in parts)), fits)
     search = jax.lax.while_loop(
         lambda search: row.is_searched & (search.is_open > 0), look_again, search
     )
@@ -298,7 +183,7 @@ def _finish_kernel(
     out_ref[row.index] = jnp.maximum(threshold, by_min_p)
 
 
-def _judged(row: Row, search: _Search, counts: _Counts, fits: jax.Array) -> _Search:
+def _judged(row: Row, search: _Search, counts: Counts, fits: jax.Array) -> _Search:
     """What a pass over the bracket proves, and where the next one looks if there is to be one."""
     is_low = (search.low <= search.proved_low) | row.is_enough(
         counts.above + counts.found, counts.mass_above + counts.mass_found
@@ -392,7 +277,7 @@ def filter_threshold(
                 bytes_accessed=int(4 * passes * logits.size),
             ),
             interpret=interpret,
-            name=f"filter_threshold{kernel.func.__name__.removesuffix('_kernel')}",
+            name=f"filter_threshold_{kernel.func.__name__.strip('_').removesuffix('_kernel')}",
         )(*args)
 
     rows, splits, ints, floats = (num_rows,), (num_rows, config.num_splits), jnp.int32, jnp.float32
@@ -409,7 +294,7 @@ def filter_threshold(
         *(logits, sums.max, sums.sum, scale, top_k, top_p),
     )
     counts = call(
-        functools.partial(_collect_kernel, config=config),
+        functools.partial(collect_kernel, config=config),
         splits,
         config.collect_warps,
         1,
