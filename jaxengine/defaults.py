@@ -6,7 +6,7 @@ from typing import Any
 from jaxengine.config import EngineConfig
 from jaxengine.errors import ConfigError, RequestError
 from jaxengine.locate import locate, read_generation_config
-from jaxengine.params import SAMPLER_FIELDS, parse_sampling_params
+from jaxengine.params import SAMPLER_FIELDS, ParamsParser
 from jaxengine.types import Param
 
 GENERATION_CONFIG_KEYS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
@@ -32,9 +32,7 @@ def default_params(
     if config.sampling_defaults == "model" and config.model_path:
         defaults = _of_the_model(read_generation_config(locate(config))) | defaults
     try:
-        parse_sampling_params(
-            defaults, specs, index=None, vocab_size=vocab_size, tokenizer=tokenizer
-        )
+        ParamsParser(specs, vocab_size=vocab_size, tokenizer=tokenizer).parse(defaults, None)
     except RequestError as error:
         raise ConfigError(f"In the engine's own sampling parameters: {error}") from error
     return defaults
@@ -44,7 +42,7 @@ def with_defaults(raw: Any, defaults: Mapping[str, Any], specs: Mapping[str, Par
     """What a caller gave, over the engine's defaults.
 
     A `SamplingParams` states every field, so it comes back as it is; so does what is no dict, for
-    `parse_sampling_params` to refuse.
+    `ParamsParser` to refuse.
 
     Args:
       raw: A dict, None, or a list of such.

@@ -6,7 +6,6 @@ All of a call is checked before any of it is queued. Knows nothing of tokenising
 import dataclasses
 import functools
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from jaxengine.compat import GENERATE_ARGUMENTS, SAMPLING_PARAMETERS, nearest
 from jaxengine.errors import RequestError
 from jaxengine.generate_arguments import DEFAULTS
 from jaxengine.log import logger
-from jaxengine.params import ParsedParams, SamplingParams, parse_sampling_params
+from jaxengine.params import ParamsParser, SamplingParams
 from jaxengine.types import HiddenFormat, HiddenStates, Param
 
 _ONE_A_PROMPT = (
@@ -26,15 +25,14 @@ _ONE_A_PROMPT = (
     "priority",
     "return_hidden_states",
     "return_logprob",
-    "sampling_params",
     "timeout_s",
     "top_logprobs_num",
 )
-"""Arguments of which there is one for all prompts, or a list with one a prompt."""
+"""Arguments beside `sampling_params` of which there is one for all prompts, or a list with one a
+prompt."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PromptRequest:
+class PromptRequest(NamedTuple):
     """One prompt of a `generate` call.
 
     Attributes:
@@ -187,22 +185,30 @@ class _Prompts:
         self._kind, self._rows, self.is_list = _rows(given, tokenizer)
         count = len(self._rows)
         self.rids = checks.rids_of(given["rid"], count, self.is_list)
+        params = given["sampling_params"]
+        self._params = checks.spread("sampling_params", params, count, self.is_list)
         self._each = {
             name: checks.spread(name, given[name], count, self.is_list) for name in _ONE_A_PROMPT
         }
-        self._id_rows = checks.logprob_rows(given["token_ids_logprob"], count, self.is_list)
+        ids = given["token_ids_logprob"]
+        self._each["token_ids_logprob"] = checks.logprob_rows(ids, count, self.is_list)
         self._friends = checks.companion_rows(given["companions"], count, self.is_list)
-        # One for all is parsed once, and what is wrong with it is wrong with the call.
-        is_shared = not isinstance(given["sampling_params"], list | tuple)
-        self.shared = self._params(given["sampling_params"], None) if is_shared else None
+        self._parser = ParamsParser(limits.specs, vocab_size=limits.vocab_size, tokenizer=tokenizer)
+        # One for all is checked once, and what is wrong with it is wrong with the call.
+        self.shared = None if _is_row(params) else self._parser.parse(params, None)
+        has_rows = any(_is_row(given[name]) for name in self._each)
+        self._settings = None if has_rows else self._checked({n: given[n] for n in self._each})
 
     def request(self, i: int) -> PromptRequest:
         """One of them, checked."""
-        each = {name: values[i] for name, values in self._each.items()}
-        parsed = self.shared or self._params(each["sampling_params"], i)
+        parsed = self.shared or self._parser.parse(self._params[i], i)
         text, ids, embeds = self._content(i)
-        salt, key = each["cache_salt"], each["extra_key"]
-        namespace = checks.namespace(salt, key, lambda name: self._place(name, i))
+        settings = self._settings
+        if settings is None:
+            settings = self._checked({name: each[i] for name, each in self._each.items()}, i)
+        if embeds is not None:
+            # What came of embeddings is found by samples of the same prompt, and nobody else.
+            settings = settings | {"cache_namespace": object()}
         return PromptRequest(
             index=i,
             seed_key=i if self._seed_key is None else self._seed_key,
@@ -211,66 +217,61 @@ class _Prompts:
             input_ids=ids,
             params=parsed.params,
             values=parsed.values,
-            **self._logprobs(i),
-            companions=self._companions(i),
-            hidden_states=checks.hidden_states(
-                each["return_hidden_states"], self._place("return_hidden_states", i)
-            ),
-            hidden_format=self._given["hidden_states_format"],
+            companions=self._companions(i) if self._friends[i] else (),
             embeds=embeds,
-            has_prompt_ids=bool(self._given["return_prompt_token_ids"]),
-            # What came of embeddings is found by samples of the same prompt, and nobody else.
-            cache_namespace=namespace if embeds is None else object(),
-            priority=self._integer("priority", i, -checks.INT32_MAX),
-            timeout_s=checks.timeout(each["timeout_s"], self._place("timeout_s", i)),
+            **settings,
         )
 
     def _place(self, name: str, i: int) -> str:
         return checks.place_of(name, i, self.is_list)
 
-    def _params(self, raw: Any, index: int | None) -> ParsedParams:
-        return parse_sampling_params(
-            raw,
-            self._limits.specs,
-            index=index,
-            vocab_size=self._limits.vocab_size,
-            tokenizer=self._tokenizer,
-        )
+    def _checked(self, asked: Mapping[str, Any], i: int | None = None) -> dict[str, Any]:
+        """What is asked of one prompt, or of all of them; as in SGLang, `return_logprob` is what
+        turns all that is about logprobs on."""
 
-    def _integer(self, name: str, i: int, low: int, high: int = checks.INT32_MAX) -> int | None:
-        return checks.integer(self._each[name][i], self._place(name, i), low, high)
+        def place(name: str) -> str:
+            return f"`{name}`" if i is None else self._place(name, i)
+
+        def integer(name: str, low: int, high: int = checks.INT32_MAX) -> int | None:
+            return checks.integer(asked[name], place(name), low, high)
+
+        salt, key = asked["cache_salt"], asked["extra_key"]
+        wants = checks.flag(asked["return_logprob"], place("return_logprob"))
+        top = integer("top_logprobs_num", 0, self._limits.max_top_logprobs)
+        start = integer("logprob_start_len", -1)
+        listed, vocab_size = asked["token_ids_logprob"], self._limits.vocab_size
+        ids = checks.logprob_ids(listed, place("token_ids_logprob"), vocab_size)
+        return {
+            "return_logprob": wants,
+            "num_top_logprobs": (wants and top) or 0,
+            "logprob_ids": ids if wants else (),
+            "logprob_start": start if wants and start is not None and start >= 0 else None,
+            "hidden_states": checks.hidden_states(
+                asked["return_hidden_states"], place("return_hidden_states")
+            ),
+            "hidden_format": self._given["hidden_states_format"],
+            "has_prompt_ids": bool(self._given["return_prompt_token_ids"]),
+            "cache_namespace": checks.namespace(salt, key, place),
+            "priority": integer("priority", -checks.INT32_MAX),
+            "timeout_s": checks.timeout(asked["timeout_s"], place("timeout_s")),
+        }
 
     def _content(self, i: int) -> tuple[str | None, np.ndarray | None, np.ndarray | None]:
         """The prompt's text, or its ids, or ids that stand for embeddings and these."""
-        row, place = self._rows[i], self._place(self._kind, i)
+        row = self._rows[i]
         if self._kind == "prompt":
             return checks.checked_text(row, i, self.is_list), None, None
+        place = self._place(self._kind, i)
         if self._kind == "input_ids":
             return None, checks.token_ids(row, place, self._limits.vocab_size), None
         embeds = checks.embeds(row, place, self._limits.hidden_size)
-        start = self._integer("logprob_start_len", i, -1)
-        if self._friends[i] or (start is not None and start >= 0):
+        start = self._each["logprob_start_len"][i]
+        if self._friends[i] or (isinstance(start, int | np.integer) and start >= 0):
             raise RequestError(
                 "`input_embeds` have no token ids, so they go neither with `companions` nor with "
                 "`logprob_start_len`; pass `input_ids`, or leave these out."
             )
         return None, np.full(len(embeds), -1, np.int32), embeds
-
-    def _logprobs(self, i: int) -> dict[str, Any]:
-        """What is asked of logprobs; as in SGLang, `return_logprob` is what turns it all on."""
-        place = self._place("token_ids_logprob", i)
-        wants = checks.flag(self._each["return_logprob"][i], self._place("return_logprob", i))
-        top = self._integer("top_logprobs_num", i, 0, self._limits.max_top_logprobs)
-        start = self._integer("logprob_start_len", i, -1)
-        ids = checks.logprob_ids(self._id_rows[i], place, self._limits.vocab_size)
-        if not wants:
-            return {}
-        return {
-            "return_logprob": True,
-            "num_top_logprobs": top or 0,
-            "logprob_ids": ids,
-            "logprob_start": None if start is None or start < 0 else start,
-        }
 
     def _companions(self, i: int) -> tuple[str | np.ndarray, ...]:
         place, vocab_size = self._place("companions", i), self._limits.vocab_size
@@ -314,6 +315,11 @@ def _check_others(others: Mapping[str, Any], specs: Mapping[str, Param]) -> None
 @functools.cache
 def _warn_once(name: str, why: str) -> None:
     logger.warning("`%s` is ignored: %s.", name, why)
+
+
+def _is_row(value: Any) -> bool:
+    """Whether an argument has a value for every prompt."""
+    return isinstance(value, list | tuple | np.ndarray)
 
 
 def _rows(given: Mapping[str, Any], tokenizer: Any) -> tuple[str, list[Any], bool]:

@@ -6,7 +6,6 @@ Dimension key (shapes in annotations and name suffixes):
 """
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -94,8 +93,7 @@ class StopReason(NamedTuple):
                 return {"type": "abort", "message": message, **more}
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SequenceRequest:
+class SequenceRequest(NamedTuple):
     """One sample of one prompt, as the engine core sees it: tokens, not text.
 
     Attributes:
@@ -107,7 +105,7 @@ class SequenceRequest:
       stop_token_ids: Ids that end the sequence, EOS included.
       ignore_eos: No token ends the sequence, only its length.
       seed: Effective seed, in [0, 2**63).
-      values: Sampler parameters by name, checked and encoded.
+      values: Sampler parameters that are given, by name, checked and encoded.
       sampler_id: Which of the engine's samplers draws.
       sampler: That sampler itself, held so that it lives, and not looked into.
       is_stateful: The sampler keeps a state of the tokens drawn so far, which cannot be had again
@@ -137,9 +135,9 @@ class SequenceRequest:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: int = 0
-    values: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = {}
     sampler_id: int = 0
-    sampler: Any = field(default=None, repr=False)
+    sampler: Any = None
     is_stateful: bool = False
     companions: tuple["SequenceRequest", ...] = ()
     is_streaming: bool = False

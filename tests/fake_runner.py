@@ -321,11 +321,12 @@ class FakeRunner:
         for write in writes:
             slot = self._slots[write.slot]
             assert slot is not None, "a page is written into an empty slot"
-            assert 0 < write.page < self._num_pages, f"there is no page {write.page} to hand out"
-            if write.index == 0:  # new, or back after a preemption
+            assert all(0 < p < self._num_pages for p in write.pages), "there is no such page"
+            if write.first == 0:  # new, or back after a preemption
                 slot.page_table[:] = NULL_PAGE
-            assert slot.page_table[write.index] == NULL_PAGE, "a page is replaced while in use"
-            slot.page_table[write.index] = write.page
+            written = slice(write.first, write.first + len(write.pages))
+            assert not slot.page_table[written].any(), "a page is replaced while in use"
+            slot.page_table[written] = write.pages
 
     def _slot(self, row: PrefillRow | DecodeRow) -> FakeSlot:
         slot = self._slots[row.slot]
@@ -364,7 +365,8 @@ def check_shapes(plan: StepPlan, buckets: Buckets) -> None:
     if isinstance(plan, DecodePlan):
         assert plan.num_rows in buckets.decode_rows and len(slots) <= plan.num_rows
         assert 0 < plan.num_steps <= buckets.max_window_steps
-        assert len(plan.page_writes) <= buckets.page_writes(plan.num_rows)
+        num_pages = sum(len(write.pages) for write in plan.page_writes)
+        assert num_pages <= buckets.page_writes(plan.num_rows)
         members = [row.member for row in plan.rows]
         for before, member in itertools.pairwise([-1, *members]):
             assert member in (0, before + 1), "a group is torn apart"

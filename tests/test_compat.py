@@ -21,7 +21,7 @@ from jaxengine.config import EngineConfig
 from jaxengine.engine_arguments import ENGINE_ARGUMENTS
 from jaxengine.errors import ConfigError, RequestError
 from jaxengine.generate_arguments import DEFAULTS
-from jaxengine.params import SamplingParams, parse_sampling_params
+from jaxengine.params import ParamsParser, SamplingParams
 from jaxengine.requests import _warn_once, parse_call
 from jaxengine.types import Param
 
@@ -164,9 +164,7 @@ def test_refused_arguments_of_generate(name: str):
 
 
 def sampling(**params: Any) -> SamplingParams:
-    return parse_sampling_params(
-        params, SPECS, index=None, vocab_size=10, tokenizer=object()
-    ).params
+    return ParamsParser(SPECS, vocab_size=10, tokenizer=object()).parse(params, None).params
 
 
 VALUES = {

@@ -67,7 +67,7 @@ def test_sampling_params_spread_over_a_list_or_go_one_to_one():
     requests = prompts_of(["a", "b"], {"temperature": 0})
     assert [r.values["temperature"] for r in requests] == [0.0, 0.0]
     requests = prompts_of(["a", "b"], [{"temperature": 0}, None])
-    assert [r.values["temperature"] for r in requests] == [0.0, 1.0]
+    assert [r.values for r in requests] == [{"temperature": 0.0}, {}]
     assert prompts_of("a", SamplingParams(seed=3))[0].params.seed == 3
 
 

@@ -1,7 +1,6 @@
 """A plan as one packed int32 array: built on the host, taken apart on the device."""
 
 import functools
-import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -125,29 +124,34 @@ NO_EDITS = Edits(*(np.zeros(0, np.int32) for _ in range(3)))
 
 def slot_edits(layout: TableLayout, new_rows: list[NewRow], page_writes: list[PageWrite]) -> Edits:
     """All changes a plan makes to the engine's own table."""
-    edits = _edits(layout, [(row.slot, slot_values(row)) for row in new_rows])
-    flat = itertools.chain.from_iterable(page_writes)
-    slots, indices, pages = np.fromiter(flat, np.int32, 3 * len(page_writes)).reshape(-1, 3).T
-    return Edits(
-        edits.resets,
-        np.concatenate([edits.cells, layout.cell(slots, "page_table", indices)]),
-        np.concatenate([edits.cell_values, pages]),
-    )
+    cells, values = _cells(layout, [(row.slot, slot_values(row)) for row in new_rows])
+    for write in page_writes:
+        start = layout.cell(write.slot, "page_table", write.first)
+        cells += range(start, start + len(write.pages))
+        values += write.pages
+    return _edits(new_rows, cells, values)
 
 
 def seat_edits(layout: TableLayout, new_rows: list[NewRow]) -> Edits:
     """All changes to a sampler's table; `new_rows` are its own."""
-    return _edits(layout, [(row.slot, sampler_values(layout, row)) for row in new_rows])
+    rows = [(row.slot, sampler_values(layout, row)) for row in new_rows]
+    return _edits(new_rows, *_cells(layout, rows))
 
 
-def _edits(layout: TableLayout, rows: list[tuple[int, dict[str, Any]]]) -> Edits:
-    parts = [layout.cells(slot, values) for slot, values in rows]
-    empty = np.zeros(0, np.int32)
-    return Edits(
-        np.asarray([slot for slot, _ in rows], np.int32),
-        np.concatenate([empty, *(cells for cells, _ in parts)]).astype(np.int32),
-        np.concatenate([empty, *(values for _, values in parts)]).astype(np.int32),
-    )
+def _cells(
+    layout: TableLayout, rows: list[tuple[int, dict[str, Any]]]
+) -> tuple[list[int], list[int]]:
+    cells, values = [], []
+    for slot, row in rows:
+        own_cells, own_values = layout.cells(slot, row)
+        cells += own_cells
+        values += own_values
+    return cells, values
+
+
+def _edits(new_rows: list[NewRow], cells: list[int], values: list[int]) -> Edits:
+    resets = [row.slot for row in new_rows]
+    return Edits(*(np.asarray(x, np.int32) for x in (resets, cells, values)))
 
 
 def split_edits(edits: Edits) -> list[np.ndarray]:

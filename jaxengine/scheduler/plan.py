@@ -28,11 +28,11 @@ class NewRow(NamedTuple):
 
 
 class PageWrite(NamedTuple):
-    """`page_table[slot, index] = page`."""
+    """`page_table[slot, first : first + len(pages)] = pages`."""
 
     slot: int
-    index: int
-    page: int
+    first: int
+    pages: list[int]
 
 
 class PrefillRow(NamedTuple):

@@ -52,8 +52,9 @@ class Member:
     def take_page_writes(self) -> list[PageWrite]:
         """What its page table lacks."""
         first, self.num_table = self.num_table, len(self.pages)
-        slot = self.held_slot
-        return [PageWrite(slot, i, self.pages[i]) for i in range(first, self.num_table)]
+        if first == self.num_table:
+            return []
+        return [PageWrite(self.held_slot, first, self.pages[first:])]
 
 
 @dataclass(kw_only=True, eq=False)
