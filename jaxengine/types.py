@@ -16,11 +16,11 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROB_IDS = 64
 """Most token ids whose logprobs one request may ask for."""
 
-WEIGHTS_ID = "weights"
-"""Name of the leaf that says of every token which weights it was drawn with."""
-
 HIDDEN = "hidden"
 """Name of the leaf with hidden states, of prompt tokens and of tokens drawn."""
+
+CAPTURES = ("aux", "capture/")
+"""How the names of leaves begin that are reported whether logprobs are wanted or not."""
 
 type HiddenStates = Literal["all", "last", "mean"]
 """Which hidden states a request reports: of every token, of the last, or their mean."""
@@ -168,12 +168,14 @@ class SequenceUpdate(NamedTuple):
     Attributes:
       seq_id: Which sequence.
       token_ids: New tokens, in order; the stop token is included.
-      leaves: What is reported of every new token, by name: arrays [new tokens, ...].
+      leaves: What is reported of every new token, by name: arrays [new tokens, ...]; what is about
+        logprobs only where they are wanted.
       prompt_leaves: The same of prompt tokens, in order.
       finish: Set on the last update of a sequence.
       error: Set instead of `finish` when the sequence failed.
       cached_tokens: Prompt tokens that were not computed, set on the last update.
       num_retractions: How often the sequence was preempted, set on the last update.
+      weights_id: Which parameters the tokens were drawn with.
     """
 
     seq_id: int
@@ -184,3 +186,4 @@ class SequenceUpdate(NamedTuple):
     error: Exception | None = None
     cached_tokens: int = 0
     num_retractions: int = 0
+    weights_id: int = 0

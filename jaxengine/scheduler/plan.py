@@ -147,8 +147,10 @@ class StepResult(NamedTuple):
       prompt_leaves: What there is of prompt tokens, by name: for each row of a prefill an array
         [tokens of the chunk, ...], to be read where the row's `targets` are not -1, hidden states
         where its `states` say.
+      weights_id: Which parameters the step used.
     """
 
     token_ids: np.ndarray
     leaves: Mapping[str, np.ndarray] = {}
     prompt_leaves: Mapping[str, list[np.ndarray]] = {}
+    weights_id: int = 0

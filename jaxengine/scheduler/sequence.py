@@ -1,5 +1,6 @@
 """One sample of one prompt while it lives in the engine: counters, pages, tokens."""
 
+from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -70,7 +71,7 @@ class Sequence:
       arrival: How many sequences came before.
       members: Itself, then its companions, which have other prompts and the same output.
       status: Where it stands.
-      output_ids: Tokens the host knows.
+      output_ids: Tokens the host knows, int32.
       num_scheduled: Upper bound of generated tokens after all steps in flight.
       num_in_flight: Rows dispatched and not yet committed.
       num_retractions: How often it was preempted.
@@ -88,7 +89,7 @@ class Sequence:
     arrival: int = 0
     members: list[Member] = field(init=False)
     status: Status = Status.WAITING
-    output_ids: list[int] = field(default_factory=list)
+    output_ids: array = field(default_factory=lambda: array("i"))
     num_scheduled: int = 0
     num_in_flight: int = 0
     num_retractions: int = 0
@@ -147,7 +148,7 @@ class Sequence:
         prompt = member.request.prompt_ids
         if not self.output_ids:
             return prompt
-        return np.concatenate([prompt, np.asarray(self.output_ids, np.int32)])
+        return np.concatenate([prompt, np.frombuffer(self.output_ids, np.int32)])
 
     def prefill_len(self, member: Member) -> int:
         """Tokens to compute before it can decode: the text, but for its last token where that is
@@ -210,15 +211,9 @@ class Sequence:
         prompt_leaves: Mapping[str, np.ndarray] = {},
         finish: StopReason | None = None,
         error: Exception | None = None,
+        weights_id: int = 0,
     ) -> SequenceUpdate:
         """The update that ends it."""
-        return SequenceUpdate(
-            self.seq_id,
-            [*token_ids],
-            leaves,
-            prompt_leaves,
-            finish,
-            error,
-            cached_tokens=self.cached_tokens,
-            num_retractions=self.num_retractions,
-        )
+        counts = self.cached_tokens, self.num_retractions
+        new = [*token_ids], leaves, prompt_leaves
+        return SequenceUpdate(self.seq_id, *new, finish, error, *counts, weights_id)

@@ -282,7 +282,7 @@ def test_what_is_in_flight_is_read_before_anyone_is_preempted():
 def test_prefill_after_preemption_leaves_out_the_last_token():
     sequence = Sequence(request=make_request(0, 4, 9))
     assert sequence.prefill_len(sequence.leader) == 4
-    sequence.output_ids = [7, 8, 9]
+    sequence.output_ids.extend([7, 8, 9])
     assert sequence.prefill_len(sequence.leader) == 6
     text = sequence.text(sequence.leader)
     assert text.tolist() == [*sequence.request.prompt_ids, 7, 8, 9] and text.dtype == np.int32
