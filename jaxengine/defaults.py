@@ -13,16 +13,12 @@ GENERATION_CONFIG_KEYS = ("repetition_penalty", "temperature", "top_k", "top_p",
 """What SGLang's server takes from `generation_config.json`."""
 
 
-def default_params(
-    config: EngineConfig, specs: Mapping[str, Param], *, vocab_size: int, tokenizer: Any
-) -> dict[str, Any]:
+def default_params(config: EngineConfig, parser: ParamsParser) -> dict[str, Any]:
     """`preferred_sampling_params` over those of the model where `sampling_defaults` asks for them.
 
     Args:
       config: The engine's.
-      specs: Parameters of its sampler.
-      vocab_size: Token ids are in [0, vocab_size).
-      tokenizer: None when the engine has none.
+      parser: For parameters of its sampler.
 
     Raises:
       ConfigError: For a parameter that is out of range.
@@ -32,7 +28,7 @@ def default_params(
     if config.sampling_defaults == "model" and config.model_path:
         defaults = _of_the_model(read_generation_config(locate(config))) | defaults
     try:
-        ParamsParser(specs, vocab_size=vocab_size, tokenizer=tokenizer).parse(defaults, None)
+        parser.parse(defaults, None)
     except RequestError as error:
         raise ConfigError(f"In the engine's own sampling parameters: {error}") from error
     return defaults

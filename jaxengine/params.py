@@ -103,17 +103,23 @@ class ParsedParams(NamedTuple):
 
 
 class ParamsParser:
-    """Checks sampling parameters of prompts that have one sampler."""
+    """Checks sampling parameters of prompts that have one sampler.
+
+    Attributes:
+      specs: Parameters of the sampler.
+      vocab_size: Token ids are in [0, vocab_size).
+      tokenizer: None when the engine has none.
+    """
 
     def __init__(self, specs: Mapping[str, Param], *, vocab_size: int, tokenizer: Any) -> None:
         """Args:
-        specs: Parameters of the sampler. `logit_bias_ids` and `logit_bias_values` are filled from
-          `logit_bias`.
-        vocab_size: Token ids are in [0, vocab_size).
-        tokenizer: For `Param.encode`; None when the engine has none.
+        specs: `logit_bias_ids` and `logit_bias_values` are filled from `logit_bias`.
+        vocab_size: Of the model.
+        tokenizer: For `Param.encode`.
         """
-        self._specs = specs
-        self._tokenizer = tokenizer
+        self.specs = specs
+        self.vocab_size = vocab_size
+        self.tokenizer = tokenizer
         self._known = _known_names(specs)
         self._readers = host_readers(specs, vocab_size)
 
@@ -141,7 +147,7 @@ class ParamsParser:
             for name, reader in self._readers.items()
             if name in given
         }
-        _check_together(host, place, has_tokenizer=self._tokenizer is not None)
+        _check_together(host, place, has_tokenizer=self.tokenizer is not None)
         asked = given
         if biases := host.get("logit_bias"):
             asked = given | {
@@ -150,7 +156,7 @@ class ParamsParser:
             }
         values = {
             name: read(name, asked[name], functools.partial(self._value, param), place)
-            for name, param in self._specs.items()
+            for name, param in self.specs.items()
             if name in asked
         }
         if "sampling_seed" in host:
@@ -160,7 +166,7 @@ class ParamsParser:
         return ParsedParams(SamplingParams(**host, **fields, custom=custom), values)
 
     def _value(self, param: Param, value: Any) -> Any:
-        return param_value(param, value, self._tokenizer)
+        return param_value(param, value, self.tokenizer)
 
 
 def derive_seed(seed: int, prompt_key: int | str, sample_index: int) -> int:

@@ -114,11 +114,9 @@ def parse_call(
     arguments: Mapping[str, Any],
     *,
     seed_key: int | str | None = None,
-    specs: Mapping[str, Param],
-    vocab_size: int,
+    parser: ParamsParser,
     hidden_size: int,
     max_top_logprobs: int,
-    tokenizer: Any,
 ) -> ParsedCall:
     """Checks the arguments of one `generate` call, which may be of any type.
 
@@ -126,26 +124,24 @@ def parse_call(
       arguments: By name, as `Engine.generate` explains them; those that are not there have their
         defaults.
       seed_key: Of the one prompt, where it is one of a stream; its index when None.
-      specs: Parameters of the engine's sampler.
-      vocab_size: Token ids are in [0, vocab_size).
+      parser: For parameters of the call's sampler.
       hidden_size: Width of an embedding.
       max_top_logprobs: Limit of `top_logprobs_num`.
-      tokenizer: None when the engine has none.
 
     Raises:
       TypeError: For an argument or sampling parameter nobody knows, with the nearest name.
       RequestError: For anything else; it names the prompt by its index.
     """
     given = {**DEFAULTS, **arguments}
-    _check_others({k: v for k, v in arguments.items() if k not in DEFAULTS}, specs)
-    if given["input_ids"] is not None and tokenizer is None:
+    _check_others({k: v for k, v in arguments.items() if k not in DEFAULTS}, parser.specs)
+    if given["input_ids"] is not None and parser.tokenizer is None:
         # Ray's stage for SGLang sends both; without a tokenizer only the ids can be meant.
         given["prompt"] = None
     on_error = given["on_error"]
     checks.choice("on_error", on_error, ("raise", "return"))
     checks.choice("hidden_states_format", given["hidden_states_format"], ("numpy", "sglang"))
-    limits = _Limits(specs, vocab_size, hidden_size, max_top_logprobs)
-    prompts = _Prompts(given, seed_key, limits, tokenizer)
+    limits = _Limits(parser.vocab_size, hidden_size, max_top_logprobs)
+    prompts = _Prompts(given, seed_key, limits, parser)
     requests: list[PromptRequest | Refused] = []
     for i, rid in enumerate(prompts.rids):
         try:
@@ -168,7 +164,6 @@ def parse_call(
 class _Limits(NamedTuple):
     """What values are checked against; see `parse_call`."""
 
-    specs: Mapping[str, Param]
     vocab_size: int
     hidden_size: int
     max_top_logprobs: int
@@ -178,11 +173,15 @@ class _Prompts:
     """The prompts of one call, laid out: what is wrong with the layout is wrong with the call."""
 
     def __init__(
-        self, given: Mapping[str, Any], seed_key: int | str | None, limits: _Limits, tokenizer: Any
+        self,
+        given: Mapping[str, Any],
+        seed_key: int | str | None,
+        limits: _Limits,
+        parser: ParamsParser,
     ) -> None:
         self._given, self._seed_key = given, seed_key
-        self._limits, self._tokenizer = limits, tokenizer
-        self._kind, self._rows, self.is_list = _rows(given, tokenizer)
+        self._limits, self._parser = limits, parser
+        self._kind, self._rows, self.is_list = _rows(given, parser.tokenizer)
         count = len(self._rows)
         self.rids = checks.rids_of(given["rid"], count, self.is_list)
         params = given["sampling_params"]
@@ -193,9 +192,8 @@ class _Prompts:
         ids = given["token_ids_logprob"]
         self._each["token_ids_logprob"] = checks.logprob_rows(ids, count, self.is_list)
         self._friends = checks.companion_rows(given["companions"], count, self.is_list)
-        self._parser = ParamsParser(limits.specs, vocab_size=limits.vocab_size, tokenizer=tokenizer)
         # One for all is checked once, and what is wrong with it is wrong with the call.
-        self.shared = None if _is_row(params) else self._parser.parse(params, None)
+        self.shared = None if _is_row(params) else parser.parse(params, None)
         has_rows = any(_is_row(given[name]) for name in self._each)
         self._settings = None if has_rows else self._checked({n: given[n] for n in self._each})
 
@@ -276,7 +274,7 @@ class _Prompts:
     def _companions(self, i: int) -> tuple[str | np.ndarray, ...]:
         place, vocab_size = self._place("companions", i), self._limits.vocab_size
         return tuple(
-            checks.companion(friend, place, vocab_size, self._tokenizer)
+            checks.companion(friend, place, vocab_size, self._parser.tokenizer)
             for friend in self._friends[i]
         )
 

@@ -103,11 +103,9 @@ def test_refused_arguments_are_refused_unless_they_ask_for_nothing(
 def call(**arguments: Any) -> Any:
     return parse_call(
         {"input_ids": [1, 2], **arguments},
-        specs=SPECS,
-        vocab_size=10,
+        parser=ParamsParser(SPECS, vocab_size=10, tokenizer=object()),
         hidden_size=8,
         max_top_logprobs=5,
-        tokenizer=object(),
     )
 
 

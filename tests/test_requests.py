@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxengine.errors import RequestError
-from jaxengine.params import SamplingParams
+from jaxengine.params import ParamsParser, SamplingParams
 from jaxengine.requests import ParsedCall, PromptRequest, Refused, parse_call
 from jaxengine.types import Param
 
@@ -20,9 +20,7 @@ def call(
     asked = {"prompt": prompt, "sampling_params": sampling_params, "input_ids": input_ids}
     return parse_call(
         {**asked, **others},
-        tokenizer=tokenizer,
-        specs=SPECS,
-        vocab_size=10,
+        parser=ParamsParser(SPECS, vocab_size=10, tokenizer=tokenizer),
         hidden_size=4,
         max_top_logprobs=5,
     )

@@ -86,15 +86,15 @@ def garbage_table(num_slots: int = BUCKETS.num_slots, layout: TableLayout = SLOT
 # Packing
 
 
-SIZES = {"a": 3, "b": 0, "c": 1, "d": 7}
+SIZES = {"a": 3, "b": 0, "slot_ids": 1, "targets": 7}
 INT32 = st.integers(-(2**31), 2**31 - 1)
 
 
 @given(st.fixed_dictionaries({k: st.lists(INT32, max_size=n) for k, n in SIZES.items()}))
 @settings(deadline=None)
 def test_pack_and_unpack_are_inverse(values: dict[str, list[int]]):
-    packing, fill = Packing(SIZES), {"c": 5, "d": -1}
-    packed = packing.pack(fill, {name: np.asarray(v, np.int32) for name, v in values.items()})
+    packing, fill = Packing(SIZES), {"slot_ids": DROPPED, "targets": -1}
+    packed = packing.pack(values)
     assert packed.dtype == np.int32 and len(packed) == packing.size == 11
     wanted = {k: v + [fill.get(k, 0)] * (SIZES[k] - len(v)) for k, v in values.items()}
     assert unpack(packing, packed) == wanted
@@ -232,7 +232,7 @@ def test_edits_in_pieces_give_the_same_table():
     edits = batch.seat_edits(SEATS, rows)
     assert len(edits.resets) > batch.EDIT_ROWS and len(edits.cells) > 3 * batch.EDIT_CELLS
     garbage = garbage_table(num_slots, SEATS)
-    whole = apply(garbage, {k: v.tolist() for k, v in edits._asdict().items()}, SEATS)
+    whole = apply(garbage, {k: list(v) for k, v in edits._asdict().items()}, SEATS)
     pieces = garbage
     for piece in batch.split_edits(edits):
         pieces = apply(pieces, unpack(batch.edit_packing(), piece), SEATS)
