@@ -74,36 +74,37 @@ def token_ids(ids: Any, place: str, vocab_size: int) -> np.ndarray:
         if row.ndim != 1 or (row.dtype.kind not in "iu" and row.size):
             got = f"shape {row.shape} and dtype {row.dtype}"
             raise RequestError(f"{place} must be a row of integers, got an array of {got}.")
-    elif not isinstance(ids, list | tuple):
-        raise RequestError(f"{place} must be a list of ids, got {type(ids).__name__}.")
+    elif isinstance(ids, list | tuple):
+        row = _unsigned(ids)
     else:
-        row = _unsigned(ids, place)
+        raise RequestError(f"{place} must be a list of ids, got {type(ids).__name__}.")
     if not len(ids):
         raise RequestError(f"{place} is empty; a prompt needs at least one token.")
-    if row is None or not 0 <= int(row.min()) <= int(row.max()) < vocab_size:
+    if row is None or int(row.min()) <= 1:  # a bool has become 0 or 1
+        _refuse_others(ids, place)
+    if row is None or int(row.min()) < 0 or int(row.max()) >= vocab_size:
         position, bad = next((i, t) for i, t in enumerate(ids) if not 0 <= t < vocab_size)
         got = f"got {bad} at position {position}"
         raise RequestError(f"{place} must be in the vocabulary, [0, {vocab_size}); {got}.")
     return row.astype(np.int32)
 
 
-def _unsigned(ids: list[Any] | tuple[Any, ...], place: str) -> np.ndarray | None:
-    """A list of integers as uint32; None if one does not fit."""
-    row, suspects = None, range(len(ids))
+def _unsigned(ids: list[Any] | tuple[Any, ...]) -> np.ndarray | None:
+    """A list of integers as uint32; None if something in it is none, or does not fit."""
     try:
         # Of 512 ids in 4 us, where numpy takes 16 to read a list, and "i" 11.
-        row = np.asarray(array.array("I", ids))
-        suspects = np.flatnonzero(row <= 1).tolist()  # a bool has become one of these
-    except OverflowError:
+        return np.asarray(array.array("I", ids))
+    except (OverflowError, TypeError):
         return None
-    except TypeError:
-        pass  # one of them is no integer
-    for position in suspects:
-        token_id = ids[position]
+
+
+def _refuse_others(ids: Any, place: str) -> None:
+    if hasattr(ids, "ndim") or set(map(type, ids)) == {int}:
+        return
+    for position, token_id in enumerate(ids):
         if not isinstance(token_id, Integral) or isinstance(token_id, bool):
             got = f"{reprlib.repr(token_id)} at position {position}"
             raise RequestError(f"{place} must hold integers only, got {got}.")
-    return row
 
 
 def is_list_of_embeds(value: Any) -> bool:

@@ -88,17 +88,37 @@ class SamplingParams:
 _DEFAULTS = {f.name: getattr(SamplingParams(), f.name) for f in dataclasses.fields(SamplingParams)}
 
 
+class HostParams(NamedTuple):
+    """The checked parameters that the host acts on; `SamplingParams` explains them.
+
+    Tuples have no repeats, and `sampling_seed` has become `seed`.
+    """
+
+    max_new_tokens: int | None = 128
+    min_new_tokens: int = 0
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_regex: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False
+    stream_interval: int | None = None
+    seed: int | None = None
+    seed_mode: str = "derived"
+
+
 class ParsedParams(NamedTuple):
     """Checked parameters of one prompt.
 
     Attributes:
-      params: `stop` and `stop_token_ids` are tuples without repeats, `logit_bias` has int keys,
-        `sampling_seed` has become `seed`.
+      params: Those that the host acts on.
       values: A number, or an array padded to its `Param`'s shape, for every `Param` of the sampler
         that is given; the others have their defaults.
     """
 
-    params: SamplingParams
+    params: HostParams
     values: Mapping[str, Any]
 
 
@@ -148,22 +168,17 @@ class ParamsParser:
             if name in given
         }
         _check_together(host, place, has_tokenizer=self.tokenizer is not None)
-        asked = given
-        if biases := host.get("logit_bias"):
-            asked = given | {
-                "logit_bias_ids": [*biases],
-                "logit_bias_values": [*biases.values()],
-            }
+        if biases := host.pop("logit_bias", None):
+            given["logit_bias_ids"] = [*biases]
+            given["logit_bias_values"] = [*biases.values()]
         values = {
-            name: read(name, asked[name], functools.partial(self._value, param), place)
+            name: read(name, given[name], functools.partial(self._value, param), place)
             for name, param in self.specs.items()
-            if name in asked
+            if name in given
         }
         if "sampling_seed" in host:
             host["seed"] = host.pop("sampling_seed")
-        fields = {name: value for name, value in values.items() if name in SAMPLER_FIELDS}
-        custom = {name: value for name, value in given.items() if name not in _DEFAULTS}
-        return ParsedParams(SamplingParams(**host, **fields, custom=custom), values)
+        return ParsedParams(HostParams(**host), values)
 
     def _value(self, param: Param, value: Any) -> Any:
         return param_value(param, value, self.tokenizer)

@@ -15,7 +15,7 @@ from jaxengine.compat import GENERATE_ARGUMENTS, SAMPLING_PARAMETERS, nearest
 from jaxengine.errors import RequestError
 from jaxengine.generate_arguments import DEFAULTS
 from jaxengine.log import logger
-from jaxengine.params import ParamsParser, SamplingParams
+from jaxengine.params import HostParams, ParamsParser, SamplingParams
 from jaxengine.types import HiddenFormat, HiddenStates, Param
 
 _ONE_A_PROMPT = (
@@ -41,8 +41,8 @@ class PromptRequest(NamedTuple):
       rid: Public id.
       text: The prompt, not empty; None when ids were given.
       input_ids: The prompt as int32 ids in the vocabulary, at least one; None when text was given.
-      params: Checked; `stop` and `stop_token_ids` are tuples.
-      values: The sampler's parameters by name, ready for the device.
+      params: Those sampling parameters that the host acts on.
+      values: Those of the sampler that are given, by name, ready for the device.
       return_logprob: Output tokens carry their logprob.
       num_top_logprobs: Tokens that have one also carry those of this many most likely ones.
       logprob_ids: And those of these ids.
@@ -62,7 +62,7 @@ class PromptRequest(NamedTuple):
     rid: str
     text: str | None
     input_ids: np.ndarray | None
-    params: SamplingParams
+    params: HostParams
     values: Mapping[str, Any]
     return_logprob: bool = False
     num_top_logprobs: int = 0

@@ -115,7 +115,7 @@ class SequenceFactory:
         is_streaming: bool,
     ) -> SequenceRequest:
         params = request.params
-        stop_ids = tuple(dict.fromkeys((*(params.stop_token_ids or ()), *self._eos)))
+        stop_ids = tuple(dict.fromkeys((*params.stop_token_ids, *self._eos)))
         if len(stop_ids) > MAX_STOP_TOKEN_IDS:
             raise RequestError(
                 f"`stop_token_ids` of prompt {request.index} and the model's own are "

@@ -13,7 +13,7 @@ from jaxengine.errors import RequestError
 from jaxengine.hidden import HiddenCollector
 from jaxengine.in_flight import InFlight
 from jaxengine.outputs import SequenceOutput
-from jaxengine.params import ParamsParser, SamplingParams
+from jaxengine.params import HostParams, ParamsParser
 from jaxengine.requests import ParsedCall, PromptRequest, Refused, group_size, parse_call
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.sampling import as_sampler
@@ -173,7 +173,7 @@ class Submitter:
     ) -> SequenceOutput:
         request = parsed.requests[index // parsed.n]
         is_known = isinstance(request, PromptRequest)
-        params = request.params if is_known else SamplingParams()
+        params = request.params if is_known else HostParams()
         decode = self._decode if parsed.has_text and self._tokenizer is not None else None
         return SequenceOutput(
             sample,
@@ -193,13 +193,13 @@ class Submitter:
     def _decode(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id])
 
-    def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
+    def _detokenizer(self, params: HostParams) -> Detokenizer | None:
         if self._vocabulary is None:
             return None
         return Detokenizer(
             self._vocabulary,
-            stop=tuple(params.stop or ()),
-            stop_regex=tuple(params.stop_regex or ()),
+            stop=params.stop,
+            stop_regex=params.stop_regex,
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
             no_stop_trim=params.no_stop_trim,
