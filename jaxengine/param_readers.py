@@ -62,7 +62,9 @@ def host_readers(specs: Mapping[str, Param], vocab_size: int) -> dict[str, Calla
 
 def _is_number(value: Any, kind: type) -> bool:
     # To ask an abstract class takes ten times as long, and this is asked for every prompt.
-    return type(value) is int or (isinstance(value, kind) and not isinstance(value, bool))
+    if type(value) is int or (type(value) is float and kind is Real):
+        return True
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from jaxengine.runtime.slots import TableLayout, sampler_values, slot_values
 from jaxengine.scheduler.buckets import Buckets
-from jaxengine.scheduler.plan import DecodePlan, NewRow, PageWrite, PrefillPlan, StepPlan
+from jaxengine.scheduler.plan import DecodePlan, NewRow, PageWrites, PrefillPlan, StepPlan
 from jaxengine.types import MAX_LOGPROB_IDS
 
 DROPPED = np.iinfo(np.int32).max
@@ -120,21 +120,22 @@ class Edits(NamedTuple):
     """Changes to a table: rows to reset, then cells to set."""
 
     resets: Sequence[int]
-    cells: Sequence[int]
-    cell_values: Sequence[int]
+    cells: Sequence[int] | np.ndarray
+    cell_values: Sequence[int] | np.ndarray
 
 
 NO_EDITS = Edits((), (), ())
 
 
-def slot_edits(layout: TableLayout, new_rows: list[NewRow], page_writes: list[PageWrite]) -> Edits:
+def slot_edits(layout: TableLayout, new_rows: list[NewRow], writes: PageWrites) -> Edits:
     """All changes a plan makes to the engine's own table."""
     cells, values = _cells(layout, [(row.slot, slot_values(row)) for row in new_rows])
-    for write in page_writes:
-        start = layout.cell(write.slot, "page_table", write.first)
-        cells += range(start, start + len(write.pages))
-        values += write.pages
-    return Edits([row.slot for row in new_rows], cells, values)
+    slots, indices, pages = (np.asarray(x, np.int32) for x in writes)
+    return Edits(
+        [row.slot for row in new_rows],
+        np.concatenate([np.asarray(cells, np.int32), layout.cell(slots, "page_table", indices)]),
+        np.concatenate([np.asarray(values, np.int32), pages]),
+    )
 
 
 def seat_edits(layout: TableLayout, new_rows: list[NewRow]) -> Edits:

@@ -166,11 +166,12 @@ class Scheduler:
                 continue
             sequence.num_in_flight -= 1
             if row.seq_id == sequence.seq_id:
+                del drawn[count:]
                 names = result.leaves if sequence.request.wants_logprobs else always
                 leaves = {name: result.leaves[name][i] for name in names}
                 prompt_leaves = _prompt_leaves(plan, result, i, sequence)
                 update = self._take(
-                    sequence, drawn[:count], leaves, prompt_leaves, num_steps, result.weights_id
+                    sequence, drawn, leaves, prompt_leaves, num_steps, result.weights_id
                 )
                 if update is not None:
                     updates.append(update)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxengine.scheduler.plan import PageWrite
+from jaxengine.scheduler.plan import DecodeRow, PageWrites
 from jaxengine.scheduler.prefix_cache import Prefix
 from jaxengine.types import SequenceRequest, SequenceUpdate, StopReason
 
@@ -29,6 +29,7 @@ class Member:
     Attributes:
       request: The leader's request, or a companion's.
       slot: Its row on the device; kept while preempted, with all that is in it.
+      decode_row: What stands for it in decode windows, while it runs.
       is_filled: The slot has been filled for this member, or is in a step under way.
       pages: KV pages in the order of the text.
       num_table: How many of them are in the slot's page table.
@@ -38,6 +39,7 @@ class Member:
 
     request: SequenceRequest
     slot: int | None = None
+    decode_row: DecodeRow | None = None
     is_filled: bool = False
     pages: list[int] = field(default_factory=list)
     num_table: int = 0
@@ -50,12 +52,10 @@ class Member:
         assert self.slot is not None, f"sequence {self.request.seq_id} was never started"
         return self.slot
 
-    def take_page_writes(self) -> list[PageWrite]:
-        """What its page table lacks."""
-        first, self.num_table = self.num_table, len(self.pages)
-        if first == self.num_table:
-            return []
-        return [PageWrite(self.held_slot, first, self.pages[first:])]
+    def write_pages(self, writes: PageWrites) -> None:
+        """Adds what its page table lacks."""
+        writes.add(self.held_slot, self.num_table, self.pages[self.num_table :])
+        self.num_table = len(self.pages)
 
 
 @dataclass(kw_only=True, eq=False)

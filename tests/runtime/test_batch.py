@@ -17,7 +17,7 @@ from jaxengine.scheduler.plan import (
     DecodePlan,
     DecodeRow,
     NewRow,
-    PageWrite,
+    PageWrites,
     PrefillPlan,
     PrefillRow,
 )
@@ -114,7 +114,7 @@ def test_prefill_is_packed():
         chunk(2, 8, 4, draws=False),
         chunk(7, 1, 1),
         new_rows=[new_row(5), new_row(7, output_ids=(1, 2))],
-        page_writes=[PageWrite(5, 0, [33]), PageWrite(2, 1, [44])],
+        page_writes=PageWrites([5, 2], [0, 1], [33, 44]),
     )
     edits = batch.slot_edits(SLOTS, plan.new_rows, plan.page_writes)
     seats = batch.seat_edits(SEATS, plan.new_rows)
@@ -154,7 +154,7 @@ def test_prefill_may_fill_its_bucket():
 
 
 def test_decode_is_packed():
-    plan = decode_plan(6, 0, 3, page_writes=[PageWrite(0, 2, [9])])
+    plan = decode_plan(6, 0, 3, page_writes=PageWrites([0], [2], [9]))
     edits = batch.slot_edits(SLOTS, [], plan.page_writes)
     packed = batch.pack_decode(plan, BUCKETS, 4, edits)
     got = unpack(batch.decode_packing(BUCKETS, 4), packed)
@@ -169,17 +169,22 @@ def test_decode_is_packed():
 @pytest.mark.parametrize("num_rows", BUCKETS.decode_rows)
 def test_decode_has_room_for_all_pages_of_a_window(num_rows: int):
     # A window of 32 that starts on the last place of a page of 16 takes two pages more.
-    writes = [PageWrite(slot, 3, [1, 2]) for slot in range(num_rows)]
+    writes = PageWrites.none()
+    for slot in range(num_rows):
+        writes.add(slot, 3, [1, 2])
     edits = batch.slot_edits(SLOTS, [], writes)
     assert batch.fits(batch.decode_packing(BUCKETS, num_rows), edits)
 
 
 def test_what_overflows_does_not_fit():
     packing = batch.decode_packing(BUCKETS, 1)
-    writes = [PageWrite(0, 0, [*range(BUCKETS.page_writes(1) + 1)])]
+    writes = PageWrites.none()
+    writes.add(0, 0, [*range(BUCKETS.page_writes(1) + 1)])
     assert not batch.fits(packing, batch.slot_edits(SLOTS, [], writes))
     assert batch.fits(packing, batch.NO_EDITS)
-    assert not batch.fits(packing, batch.slot_edits(SLOTS, [new_row(0)], []))  # no resets
+    assert not batch.fits(
+        packing, batch.slot_edits(SLOTS, [new_row(0)], PageWrites.none())
+    )  # no resets
     seats = batch.seat_edits(SEATS, [new_row(slot, num_biases=300) for slot in range(8)])
     assert not batch.fits(batch.prefill_packing(BUCKETS, 32), seats, "seat_")
 
@@ -254,4 +259,4 @@ def test_resets_come_before_any_cell():
 
 def test_no_edits_take_no_program():
     assert batch.split_edits(batch.NO_EDITS) == []
-    assert [len(part) for part in batch.slot_edits(SLOTS, [], [])] == [0, 0, 0]
+    assert [len(part) for part in batch.slot_edits(SLOTS, [], PageWrites.none())] == [0, 0, 0]

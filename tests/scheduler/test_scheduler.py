@@ -218,7 +218,7 @@ def test_the_last_token_takes_no_page(prompt_len: int, max_new_tokens: int, num_
     driver = Driver(make_buckets())
     driver.add(make_request(0, prompt_len, max_new_tokens))
     driver.run()
-    pages = [p for plan in driver.runner.plans for write in plan.page_writes for p in write.pages]
+    pages = [page for plan in driver.runner.plans for page in plan.page_writes.pages]
     assert len(pages) == num_pages
 
 
@@ -266,9 +266,9 @@ def test_preempted_sequence_keeps_its_slot_and_is_prefilled_without_drawing():
     assert row.slot == first.rows[1].slot and not row.draws
     assert first.new_rows and again.new_rows == []
     # It brings the whole page table, and computes no page that is still cached.
-    (write,) = again.page_writes
-    assert write.first == 0
-    assert row.start % 4 == 0 and row.start + len(row.token_ids) <= 4 * len(write.pages)
+    _, indices, pages = again.page_writes
+    assert indices == list(range(len(pages)))
+    assert row.start % 4 == 0 and row.start + len(row.token_ids) <= 4 * len(pages)
 
 
 def test_what_is_in_flight_is_read_before_anyone_is_preempted():
