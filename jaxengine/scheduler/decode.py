@@ -115,7 +115,7 @@ def _plan(roster: Roster, batch: _Batch, steps: int, is_ready: IsReady) -> Decod
     for i in np.flatnonzero(pages > batch.row_pages).tolist():
         roster.grow(batch.members[i], int(pages[i]) * page_size)
         batch.members[i].write_pages(writes)
-    rows = [member.decode_row for member in batch.members if member.decode_row is not None]
+    rows = [member.held_row for member in batch.members]
     for sequence, left in zip(batch.sequences, batch.num_left, strict=True):
         sequence.num_scheduled += min(steps, left)
     num_rows = roster.buckets.size("decode", len(rows), is_ready)

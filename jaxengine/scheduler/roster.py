@@ -150,7 +150,7 @@ class Roster:
         for i, member in enumerate(sequence.members):
             if member.slot is None:
                 member.slot = self._free_slots.pop()
-            member.decode_row = DecodeRow(member.request.seq_id, member.slot, sampler_id, i)
+            member.row = DecodeRow(member.request.seq_id, member.slot, sampler_id, i)
             self.grow(member, sequence.prefill_len(member))
         if not sequence.was_started:
             sequence.was_started = True

@@ -29,7 +29,7 @@ class Member:
     Attributes:
       request: The leader's request, or a companion's.
       slot: Its row on the device; kept while preempted, with all that is in it.
-      decode_row: What stands for it in decode windows, while it runs.
+      row: What stands for it in decode windows; of one that was started.
       is_filled: The slot has been filled for this member, or is in a step under way.
       pages: KV pages in the order of the text.
       num_table: How many of them are in the slot's page table.
@@ -39,7 +39,7 @@ class Member:
 
     request: SequenceRequest
     slot: int | None = None
-    decode_row: DecodeRow | None = None
+    row: DecodeRow | None = None
     is_filled: bool = False
     pages: list[int] = field(default_factory=list)
     num_table: int = 0
@@ -51,6 +51,12 @@ class Member:
         """`slot`, of a member that was started."""
         assert self.slot is not None, f"sequence {self.request.seq_id} was never started"
         return self.slot
+
+    @property
+    def held_row(self) -> DecodeRow:
+        """`row`, of a member that was started."""
+        assert self.row is not None, f"sequence {self.request.seq_id} was never started"
+        return self.row
 
     def write_pages(self, writes: PageWrites) -> None:
         """Adds what its page table lacks."""
