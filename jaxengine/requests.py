@@ -204,10 +204,7 @@ class _Prompts:
         settings = self._settings
         if settings is None:
             settings = self._checked({name: each[i] for name, each in self._each.items()}, i)
-        if embeds is not None:
-            # What came of embeddings is found by samples of the same prompt, and nobody else.
-            settings = settings | {"cache_namespace": object()}
-        return PromptRequest(
+        request = PromptRequest(
             index=i,
             seed_key=i if self._seed_key is None else self._seed_key,
             rid=self.rids[i],
@@ -219,6 +216,8 @@ class _Prompts:
             embeds=embeds,
             **settings,
         )
+        # What came of embeddings is found by samples of the same prompt, and nobody else.
+        return request if embeds is None else request._replace(cache_namespace=object())
 
     def _place(self, name: str, i: int) -> str:
         return checks.place_of(name, i, self.is_list)

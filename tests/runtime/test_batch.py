@@ -182,9 +182,8 @@ def test_what_overflows_does_not_fit():
     writes.add(0, 0, [*range(BUCKETS.page_writes(1) + 1)])
     assert not batch.fits(packing, batch.slot_edits(SLOTS, [], writes))
     assert batch.fits(packing, batch.NO_EDITS)
-    assert not batch.fits(
-        packing, batch.slot_edits(SLOTS, [new_row(0)], PageWrites.none())
-    )  # no resets
+    no_resets = batch.slot_edits(SLOTS, [new_row(0)], PageWrites.none())
+    assert not batch.fits(packing, no_resets)
     seats = batch.seat_edits(SEATS, [new_row(slot, num_biases=300) for slot in range(8)])
     assert not batch.fits(batch.prefill_packing(BUCKETS, 32), seats, "seat_")
 
