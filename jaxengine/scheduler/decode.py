@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxengine.scheduler.buckets import IsReady
-from jaxengine.scheduler.plan import DecodePlan, DecodeRow, PageWrite
+from jaxengine.scheduler.plan import DecodePlan, PageWrites
 from jaxengine.scheduler.roster import Roster
 from jaxengine.scheduler.sequence import Member, Sequence, Status
 
@@ -111,15 +111,11 @@ def _has_pages(roster: Roster, batch: _Batch, steps: int) -> bool:
 def _plan(roster: Roster, batch: _Batch, steps: int, is_ready: IsReady) -> DecodePlan:
     page_size = roster.buckets.page_size
     pages = np.maximum(batch.row_pages, batch.pages_after(steps, page_size))
-    writes: list[PageWrite] = []
+    writes = PageWrites.none()
     for i in np.flatnonzero(pages > batch.row_pages).tolist():
         roster.grow(batch.members[i], int(pages[i]) * page_size)
-        writes += batch.members[i].take_page_writes()
-    rows = [
-        DecodeRow(member.request.seq_id, member.held_slot, sequence.request.sampler_id, i)
-        for sequence in batch.sequences
-        for i, member in enumerate(sequence.members)
-    ]
+        batch.members[i].write_pages(writes)
+    rows = [member.held_row for member in batch.members]
     for sequence, left in zip(batch.sequences, batch.num_left, strict=True):
         sequence.num_scheduled += min(steps, left)
     num_rows = roster.buckets.size("decode", len(rows), is_ready)

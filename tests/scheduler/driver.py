@@ -158,9 +158,8 @@ class Driver:
         wanted = oracle(request)
         assert tokens == wanted.token_ids[: len(tokens)]
         if request.max_new_tokens > 0:
-            assert list(update.leaves.get("logprob", ())) == [
-                logprob_of(t) * request.wants_logprobs for t in update.token_ids
-            ]
+            logprobs = [logprob_of(t) for t in update.token_ids] if request.wants_logprobs else []
+            assert list(update.leaves.get("logprob", ())) == logprobs
         self.prompt_logprobs[seq_id] += list(update.prompt_leaves.get("logprob", ()))
         start = len(request.prompt_ids) if request.logprob_start is None else request.logprob_start
         scores = [logprob_of(t) for t in request.prompt_ids[max(1, start) :]]
