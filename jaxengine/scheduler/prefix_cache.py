@@ -15,12 +15,9 @@ from jaxengine.scheduler.page_pool import PagePool
 TOKEN_BYTES = 4
 
 
-class Root(NamedTuple):
-    """Where the texts of a namespace begin; none is found any more after the next flush."""
-
-    num_flushes: int
-    namespace: Hashable
-
+type Root = tuple[int, Hashable]
+"""Where the texts of a namespace begin: how many flushes there were before, and its name. None is
+found any more after the next flush."""
 
 type Prefix = Root | int
 """The beginning of a text: none of it, or all up to and including a cached page, by its id. It
@@ -84,7 +81,7 @@ class PrefixCache:
 
     def match(self, namespace: Hashable, tokens: np.ndarray, max_tokens: int) -> Match:
         """Finds the longest cached beginning of at most `max_tokens`, in full pages."""
-        prefix: Prefix = Root(self._num_flushes, namespace)
+        prefix: Prefix = (self._num_flushes, namespace)
         text, pages, num_unused = tokens.tobytes(), [], 0
         for index in range(max_tokens // self._page_size):
             page = self._pages.get((prefix, self._tokens_of(text, index)))
