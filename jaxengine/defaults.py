@@ -6,23 +6,19 @@ from typing import Any
 from jaxengine.config import EngineConfig
 from jaxengine.errors import ConfigError, RequestError
 from jaxengine.locate import locate, read_generation_config
-from jaxengine.params import SAMPLER_FIELDS, parse_sampling_params
+from jaxengine.params import SAMPLER_FIELDS, ParamsParser
 from jaxengine.types import Param
 
 GENERATION_CONFIG_KEYS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
 """What SGLang's server takes from `generation_config.json`."""
 
 
-def default_params(
-    config: EngineConfig, specs: Mapping[str, Param], *, vocab_size: int, tokenizer: Any
-) -> dict[str, Any]:
+def default_params(config: EngineConfig, parser: ParamsParser) -> dict[str, Any]:
     """`preferred_sampling_params` over those of the model where `sampling_defaults` asks for them.
 
     Args:
       config: The engine's.
-      specs: Parameters of its sampler.
-      vocab_size: Token ids are in [0, vocab_size).
-      tokenizer: None when the engine has none.
+      parser: For parameters of its sampler.
 
     Raises:
       ConfigError: For a parameter that is out of range.
@@ -32,9 +28,7 @@ def default_params(
     if config.sampling_defaults == "model" and config.model_path:
         defaults = _of_the_model(read_generation_config(locate(config))) | defaults
     try:
-        parse_sampling_params(
-            defaults, specs, index=None, vocab_size=vocab_size, tokenizer=tokenizer
-        )
+        parser.parse(defaults, None)
     except RequestError as error:
         raise ConfigError(f"In the engine's own sampling parameters: {error}") from error
     return defaults
@@ -44,7 +38,7 @@ def with_defaults(raw: Any, defaults: Mapping[str, Any], specs: Mapping[str, Par
     """What a caller gave, over the engine's defaults.
 
     A `SamplingParams` states every field, so it comes back as it is; so does what is no dict, for
-    `parse_sampling_params` to refuse.
+    `ParamsParser` to refuse.
 
     Args:
       raw: A dict, None, or a list of such.

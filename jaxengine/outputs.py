@@ -10,7 +10,7 @@ from jaxengine.display import Output
 from jaxengine.hidden import HiddenCollector
 from jaxengine.reports import Decode, MetaInfo, Reports
 from jaxengine.text.detokenizer import Detokenizer
-from jaxengine.types import HIDDEN, WEIGHTS_ID, SequenceRequest, SequenceUpdate, StopReason
+from jaxengine.types import HIDDEN, SequenceRequest, SequenceUpdate, StopReason
 
 
 class SequenceOutput:
@@ -152,11 +152,10 @@ class SequenceOutput:
 
     def _note_weights(self, update: SequenceUpdate) -> None:
         """Remembers with which weights tokens were drawn, as (id, first token) of every change."""
-        ids = update.leaves.get(WEIGHTS_ID)
-        first = len(self._ids) - len(update.token_ids)
-        if update.token_ids and ids is not None:
-            if not self._weights_ids or self._weights_ids[-1][0] != ids[0]:
-                self._weights_ids.append((int(ids[0]), first))
+        if update.token_ids:
+            if not self._weights_ids or self._weights_ids[-1][0] != update.weights_id:
+                first = len(self._ids) - len(update.token_ids)
+                self._weights_ids.append((update.weights_id, first))
 
     def _weight_version(self) -> str:
         """Of the last token; the engine's where there is none."""

@@ -5,6 +5,7 @@ sampler, which publishes them as `Param`s. Knows nothing of jax.
 """
 
 import dataclasses
+import functools
 import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
@@ -87,63 +88,100 @@ class SamplingParams:
 _DEFAULTS = {f.name: getattr(SamplingParams(), f.name) for f in dataclasses.fields(SamplingParams)}
 
 
+class HostParams(NamedTuple):
+    """The checked parameters that the host acts on; `SamplingParams` explains them.
+
+    Tuples have no repeats, and `sampling_seed` has become `seed`.
+    """
+
+    max_new_tokens: int | None = 128
+    min_new_tokens: int = 0
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_regex: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False
+    stream_interval: int | None = None
+    seed: int | None = None
+    seed_mode: str = "derived"
+
+
 class ParsedParams(NamedTuple):
     """Checked parameters of one prompt.
 
     Attributes:
-      params: `stop` and `stop_token_ids` are tuples without repeats, `logit_bias` has int keys,
-        `sampling_seed` has become `seed`.
-      values: A number, or an array padded to its `Param`'s shape, for every `Param` of the sampler.
+      params: Those that the host acts on.
+      values: A number, or an array padded to its `Param`'s shape, for every `Param` of the sampler
+        that is given; the others have their defaults.
     """
 
-    params: SamplingParams
+    params: HostParams
     values: Mapping[str, Any]
 
 
-def parse_sampling_params(
-    raw: Any, specs: Mapping[str, Param], *, index: int | None, vocab_size: int, tokenizer: Any
-) -> ParsedParams:
-    """Checks one prompt's sampling parameters.
+class ParamsParser:
+    """Checks sampling parameters of prompts that have one sampler.
 
-    A dict states only the keys it holds (None is the default, except that `max_new_tokens` None
-    lifts the limit); a `SamplingParams` states every field the sampler knows.
-
-    Args:
-      raw: A dict, a `SamplingParams`, or None for all defaults; of any type, as users are.
-      specs: Parameters of the engine's sampler. `logit_bias_ids` and `logit_bias_values` are
-        filled from `logit_bias`.
-      index: Place of the prompt in its list, for messages; None when there is no list.
+    Attributes:
+      specs: Parameters of the sampler.
       vocab_size: Token ids are in [0, vocab_size).
-      tokenizer: For `Param.encode`; None when the engine has none.
-
-    Raises:
-      TypeError: For a name nobody knows, with the nearest one.
-      RequestError: For a value of the wrong type or range, or a feature that does not exist yet.
+      tokenizer: None when the engine has none.
     """
-    place = "" if index is None else f" of prompt {index}"
-    known = _known_names(specs)
-    given = _as_dict(raw, known, place)
-    _check_names(given, known, place)
-    given = {k: v for k, v in given.items() if v is not None or k == "max_new_tokens"}
-    host = {
-        name: read(name, given.pop(name), reader, place)
-        for name, reader in host_readers(specs, vocab_size).items()
-        if name in given
-    }
-    _check_together(host, place, has_tokenizer=tokenizer is not None)
-    asked = given | {
-        "logit_bias_ids": [*host.get("logit_bias", {})],
-        "logit_bias_values": [*host.get("logit_bias", {}).values()],
-    }
-    values = {
-        name: read(name, asked.get(name), lambda x, p=param: param_value(p, x, tokenizer), place)
-        for name, param in specs.items()
-    }
-    if "sampling_seed" in host:
-        host["seed"] = host.pop("sampling_seed")
-    fields = {name: values[name] for name in SAMPLER_FIELDS & specs.keys()}
-    custom = {name: value for name, value in given.items() if name not in _DEFAULTS}
-    return ParsedParams(SamplingParams(**host, **fields, custom=custom), values)
+
+    def __init__(self, specs: Mapping[str, Param], *, vocab_size: int, tokenizer: Any) -> None:
+        """Args:
+        specs: `logit_bias_ids` and `logit_bias_values` are filled from `logit_bias`.
+        vocab_size: Of the model.
+        tokenizer: For `Param.encode`.
+        """
+        self.specs = specs
+        self.vocab_size = vocab_size
+        self.tokenizer = tokenizer
+        self._known = _known_names(specs)
+        self._readers = host_readers(specs, vocab_size)
+
+    def parse(self, raw: Any, index: int | None) -> ParsedParams:
+        """Checks those of one prompt.
+
+        A dict states only the keys it holds (None is the default, except that `max_new_tokens`
+        None lifts the limit); a `SamplingParams` states every field the sampler knows.
+
+        Args:
+          raw: A dict, a `SamplingParams`, or None for all defaults; of any type, as users are.
+          index: Place of the prompt in its list, for messages; None when there is no list.
+
+        Raises:
+          TypeError: For a name nobody knows, with the nearest one.
+          RequestError: For a value of the wrong type or range, or a feature that does not exist
+            yet.
+        """
+        place = "" if index is None else f" of prompt {index}"
+        given = _as_dict(raw, self._known, place)
+        _check_names(given, self._known, place)
+        given = {k: v for k, v in given.items() if v is not None or k == "max_new_tokens"}
+        host = {
+            name: read(name, given.pop(name), reader, place)
+            for name, reader in self._readers.items()
+            if name in given
+        }
+        _check_together(host, place, has_tokenizer=self.tokenizer is not None)
+        if biases := host.pop("logit_bias", None):
+            given["logit_bias_ids"] = [*biases]
+            given["logit_bias_values"] = [*biases.values()]
+        values = {
+            name: read(name, given[name], functools.partial(self._value, param), place)
+            for name, param in self.specs.items()
+            if name in given
+        }
+        if "sampling_seed" in host:
+            host["seed"] = host.pop("sampling_seed")
+        return ParsedParams(HostParams(**host), values)
+
+    def _value(self, param: Param, value: Any) -> Any:
+        return param_value(param, value, self.tokenizer)
 
 
 def derive_seed(seed: int, prompt_key: int | str, sample_index: int) -> int:
@@ -183,7 +221,9 @@ def _as_dict(raw: Any, known: set[str], place: str) -> dict[str, Any]:
         raise RequestError(f"`sampling_params`{place} {what}")
     # The second is SGLang's name.
     for source in ("custom", "custom_params"):
-        custom = given.pop(source, None) or {}
+        custom = given.pop(source, None)
+        if not custom:
+            continue
         if not isinstance(custom, Mapping):
             raise RequestError(f"`{source}`{place} must be a dict, got {show(custom)}.")
         for name in custom:
@@ -206,6 +246,14 @@ def _check_names(given: Mapping[str, Any], known: set[str], place: str) -> None:
             raise RequestError(f"`{name}`{place} {why}")
 
 
+_TOKENIZER_USES = {
+    "stop": "to see text",
+    "stop_regex": "to see text",
+    "min_new_tokens": "for its EOS token id",
+}
+"""What parameters of the host need a tokenizer for."""
+
+
 def _check_together(host: Mapping[str, Any], place: str, *, has_tokenizer: bool) -> None:
     limit = host.get("max_new_tokens", _DEFAULTS["max_new_tokens"])
     fewest = host.get("min_new_tokens", 0)
@@ -214,13 +262,11 @@ def _check_together(host: Mapping[str, Any], place: str, *, has_tokenizer: bool)
             f"`min_new_tokens`{place} must be in [0, max_new_tokens ({limit})], got {fewest}."
         )
     if not has_tokenizer:
-        uses = {name: "to see text" for name in ("stop", "stop_regex")}
-        for name, what in {**uses, "min_new_tokens": "for its EOS token id"}.items():
+        for name, what in _TOKENIZER_USES.items():
             if host.get(name):
                 raise RequestError(
                     f"`{name}`{place} is unavailable when skip_tokenizer_init=True: it needs the "
                     f"tokenizer {what}, got {show(host[name])}."
                 )
-    seeds = {host[name] for name in ("seed", "sampling_seed") if name in host}
-    if len(seeds) > 1:
+    if "sampling_seed" in host and host.get("seed", host["sampling_seed"]) != host["sampling_seed"]:
         raise RequestError(f"`seed` and `sampling_seed`{place} are one parameter and differ.")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxengine.types import SequenceRequest, SequenceUpdate
+from jaxengine.types import CAPTURES, SequenceRequest, SequenceUpdate
 
 type Decode = Callable[[int], str]
 
@@ -206,7 +206,7 @@ class Reports:
         if self._input and "logprob" in update.prompt_leaves:
             self._push_prompt(update.prompt_leaves)
         for name, leaf in leaves.items():
-            if name.startswith(("aux", "capture/")):
+            if name.startswith(CAPTURES):
                 self._captures.setdefault(name.removeprefix("capture/"), []).append(leaf)
 
     def cut(self, num_tokens: int) -> None:

@@ -6,7 +6,6 @@ All of a call is checked before any of it is queued. Knows nothing of tokenising
 import dataclasses
 import functools
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from jaxengine.compat import GENERATE_ARGUMENTS, SAMPLING_PARAMETERS, nearest
 from jaxengine.errors import RequestError
 from jaxengine.generate_arguments import DEFAULTS
 from jaxengine.log import logger
-from jaxengine.params import ParsedParams, SamplingParams, parse_sampling_params
+from jaxengine.params import HostParams, ParamsParser, SamplingParams
 from jaxengine.types import HiddenFormat, HiddenStates, Param
 
 _ONE_A_PROMPT = (
@@ -26,15 +25,14 @@ _ONE_A_PROMPT = (
     "priority",
     "return_hidden_states",
     "return_logprob",
-    "sampling_params",
     "timeout_s",
     "top_logprobs_num",
 )
-"""Arguments of which there is one for all prompts, or a list with one a prompt."""
+"""Arguments beside `sampling_params` of which there is one for all prompts, or a list with one a
+prompt."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PromptRequest:
+class PromptRequest(NamedTuple):
     """One prompt of a `generate` call.
 
     Attributes:
@@ -43,8 +41,8 @@ class PromptRequest:
       rid: Public id.
       text: The prompt, not empty; None when ids were given.
       input_ids: The prompt as int32 ids in the vocabulary, at least one; None when text was given.
-      params: Checked; `stop` and `stop_token_ids` are tuples.
-      values: The sampler's parameters by name, ready for the device.
+      params: Those sampling parameters that the host acts on.
+      values: Those of the sampler that are given, by name, ready for the device.
       return_logprob: Output tokens carry their logprob.
       num_top_logprobs: Tokens that have one also carry those of this many most likely ones.
       logprob_ids: And those of these ids.
@@ -64,7 +62,7 @@ class PromptRequest:
     rid: str
     text: str | None
     input_ids: np.ndarray | None
-    params: SamplingParams
+    params: HostParams
     values: Mapping[str, Any]
     return_logprob: bool = False
     num_top_logprobs: int = 0
@@ -116,11 +114,9 @@ def parse_call(
     arguments: Mapping[str, Any],
     *,
     seed_key: int | str | None = None,
-    specs: Mapping[str, Param],
-    vocab_size: int,
+    parser: ParamsParser,
     hidden_size: int,
     max_top_logprobs: int,
-    tokenizer: Any,
 ) -> ParsedCall:
     """Checks the arguments of one `generate` call, which may be of any type.
 
@@ -128,26 +124,24 @@ def parse_call(
       arguments: By name, as `Engine.generate` explains them; those that are not there have their
         defaults.
       seed_key: Of the one prompt, where it is one of a stream; its index when None.
-      specs: Parameters of the engine's sampler.
-      vocab_size: Token ids are in [0, vocab_size).
+      parser: For parameters of the call's sampler.
       hidden_size: Width of an embedding.
       max_top_logprobs: Limit of `top_logprobs_num`.
-      tokenizer: None when the engine has none.
 
     Raises:
       TypeError: For an argument or sampling parameter nobody knows, with the nearest name.
       RequestError: For anything else; it names the prompt by its index.
     """
     given = {**DEFAULTS, **arguments}
-    _check_others({k: v for k, v in arguments.items() if k not in DEFAULTS}, specs)
-    if given["input_ids"] is not None and tokenizer is None:
+    _check_others({k: v for k, v in arguments.items() if k not in DEFAULTS}, parser.specs)
+    if given["input_ids"] is not None and parser.tokenizer is None:
         # Ray's stage for SGLang sends both; without a tokenizer only the ids can be meant.
         given["prompt"] = None
     on_error = given["on_error"]
     checks.choice("on_error", on_error, ("raise", "return"))
     checks.choice("hidden_states_format", given["hidden_states_format"], ("numpy", "sglang"))
-    limits = _Limits(specs, vocab_size, hidden_size, max_top_logprobs)
-    prompts = _Prompts(given, seed_key, limits, tokenizer)
+    limits = _Limits(parser.vocab_size, hidden_size, max_top_logprobs)
+    prompts = _Prompts(given, seed_key, limits, parser)
     requests: list[PromptRequest | Refused] = []
     for i, rid in enumerate(prompts.rids):
         try:
@@ -170,7 +164,6 @@ def parse_call(
 class _Limits(NamedTuple):
     """What values are checked against; see `parse_call`."""
 
-    specs: Mapping[str, Param]
     vocab_size: int
     hidden_size: int
     max_top_logprobs: int
@@ -180,30 +173,38 @@ class _Prompts:
     """The prompts of one call, laid out: what is wrong with the layout is wrong with the call."""
 
     def __init__(
-        self, given: Mapping[str, Any], seed_key: int | str | None, limits: _Limits, tokenizer: Any
+        self,
+        given: Mapping[str, Any],
+        seed_key: int | str | None,
+        limits: _Limits,
+        parser: ParamsParser,
     ) -> None:
         self._given, self._seed_key = given, seed_key
-        self._limits, self._tokenizer = limits, tokenizer
-        self._kind, self._rows, self.is_list = _rows(given, tokenizer)
+        self._limits, self._parser = limits, parser
+        self._kind, self._rows, self.is_list = _rows(given, parser.tokenizer)
         count = len(self._rows)
         self.rids = checks.rids_of(given["rid"], count, self.is_list)
+        params = given["sampling_params"]
+        self._params = checks.spread("sampling_params", params, count, self.is_list)
         self._each = {
             name: checks.spread(name, given[name], count, self.is_list) for name in _ONE_A_PROMPT
         }
-        self._id_rows = checks.logprob_rows(given["token_ids_logprob"], count, self.is_list)
+        ids = given["token_ids_logprob"]
+        self._each["token_ids_logprob"] = checks.logprob_rows(ids, count, self.is_list)
         self._friends = checks.companion_rows(given["companions"], count, self.is_list)
-        # One for all is parsed once, and what is wrong with it is wrong with the call.
-        is_shared = not isinstance(given["sampling_params"], list | tuple)
-        self.shared = self._params(given["sampling_params"], None) if is_shared else None
+        # One for all is checked once, and what is wrong with it is wrong with the call.
+        self.shared = None if _is_row(params) else parser.parse(params, None)
+        has_rows = any(_is_row(given[name]) for name in self._each)
+        self._settings = None if has_rows else self._checked({n: given[n] for n in self._each})
 
     def request(self, i: int) -> PromptRequest:
         """One of them, checked."""
-        each = {name: values[i] for name, values in self._each.items()}
-        parsed = self.shared or self._params(each["sampling_params"], i)
+        parsed = self.shared or self._parser.parse(self._params[i], i)
         text, ids, embeds = self._content(i)
-        salt, key = each["cache_salt"], each["extra_key"]
-        namespace = checks.namespace(salt, key, lambda name: self._place(name, i))
-        return PromptRequest(
+        settings = self._settings
+        if settings is None:
+            settings = self._checked({name: each[i] for name, each in self._each.items()}, i)
+        request = PromptRequest(
             index=i,
             seed_key=i if self._seed_key is None else self._seed_key,
             rid=self.rids[i],
@@ -211,71 +212,68 @@ class _Prompts:
             input_ids=ids,
             params=parsed.params,
             values=parsed.values,
-            **self._logprobs(i),
-            companions=self._companions(i),
-            hidden_states=checks.hidden_states(
-                each["return_hidden_states"], self._place("return_hidden_states", i)
-            ),
-            hidden_format=self._given["hidden_states_format"],
+            companions=self._companions(i) if self._friends[i] else (),
             embeds=embeds,
-            has_prompt_ids=bool(self._given["return_prompt_token_ids"]),
-            # What came of embeddings is found by samples of the same prompt, and nobody else.
-            cache_namespace=namespace if embeds is None else object(),
-            priority=self._integer("priority", i, -checks.INT32_MAX),
-            timeout_s=checks.timeout(each["timeout_s"], self._place("timeout_s", i)),
+            **settings,
         )
+        # What came of embeddings is found by samples of the same prompt, and nobody else.
+        return request if embeds is None else request._replace(cache_namespace=object())
 
     def _place(self, name: str, i: int) -> str:
         return checks.place_of(name, i, self.is_list)
 
-    def _params(self, raw: Any, index: int | None) -> ParsedParams:
-        return parse_sampling_params(
-            raw,
-            self._limits.specs,
-            index=index,
-            vocab_size=self._limits.vocab_size,
-            tokenizer=self._tokenizer,
-        )
+    def _checked(self, asked: Mapping[str, Any], i: int | None = None) -> dict[str, Any]:
+        """What is asked of one prompt, or of all of them; as in SGLang, `return_logprob` is what
+        turns all that is about logprobs on."""
 
-    def _integer(self, name: str, i: int, low: int, high: int = checks.INT32_MAX) -> int | None:
-        return checks.integer(self._each[name][i], self._place(name, i), low, high)
+        def place(name: str) -> str:
+            return f"`{name}`" if i is None else self._place(name, i)
+
+        def integer(name: str, low: int, high: int = checks.INT32_MAX) -> int | None:
+            return checks.integer(asked[name], place(name), low, high)
+
+        salt, key = asked["cache_salt"], asked["extra_key"]
+        wants = checks.flag(asked["return_logprob"], place("return_logprob"))
+        top = integer("top_logprobs_num", 0, self._limits.max_top_logprobs)
+        start = integer("logprob_start_len", -1)
+        listed, vocab_size = asked["token_ids_logprob"], self._limits.vocab_size
+        ids = checks.logprob_ids(listed, place("token_ids_logprob"), vocab_size)
+        return {
+            "return_logprob": wants,
+            "num_top_logprobs": (wants and top) or 0,
+            "logprob_ids": ids if wants else (),
+            "logprob_start": start if wants and start is not None and start >= 0 else None,
+            "hidden_states": checks.hidden_states(
+                asked["return_hidden_states"], place("return_hidden_states")
+            ),
+            "hidden_format": self._given["hidden_states_format"],
+            "has_prompt_ids": bool(self._given["return_prompt_token_ids"]),
+            "cache_namespace": checks.namespace(salt, key, place),
+            "priority": integer("priority", -checks.INT32_MAX),
+            "timeout_s": checks.timeout(asked["timeout_s"], place("timeout_s")),
+        }
 
     def _content(self, i: int) -> tuple[str | None, np.ndarray | None, np.ndarray | None]:
         """The prompt's text, or its ids, or ids that stand for embeddings and these."""
-        row, place = self._rows[i], self._place(self._kind, i)
+        row = self._rows[i]
         if self._kind == "prompt":
             return checks.checked_text(row, i, self.is_list), None, None
+        place = self._place(self._kind, i)
         if self._kind == "input_ids":
             return None, checks.token_ids(row, place, self._limits.vocab_size), None
         embeds = checks.embeds(row, place, self._limits.hidden_size)
-        start = self._integer("logprob_start_len", i, -1)
-        if self._friends[i] or (start is not None and start >= 0):
+        start = self._each["logprob_start_len"][i]
+        if self._friends[i] or (isinstance(start, int | np.integer) and start >= 0):
             raise RequestError(
                 "`input_embeds` have no token ids, so they go neither with `companions` nor with "
                 "`logprob_start_len`; pass `input_ids`, or leave these out."
             )
         return None, np.full(len(embeds), -1, np.int32), embeds
 
-    def _logprobs(self, i: int) -> dict[str, Any]:
-        """What is asked of logprobs; as in SGLang, `return_logprob` is what turns it all on."""
-        place = self._place("token_ids_logprob", i)
-        wants = checks.flag(self._each["return_logprob"][i], self._place("return_logprob", i))
-        top = self._integer("top_logprobs_num", i, 0, self._limits.max_top_logprobs)
-        start = self._integer("logprob_start_len", i, -1)
-        ids = checks.logprob_ids(self._id_rows[i], place, self._limits.vocab_size)
-        if not wants:
-            return {}
-        return {
-            "return_logprob": True,
-            "num_top_logprobs": top or 0,
-            "logprob_ids": ids,
-            "logprob_start": None if start is None or start < 0 else start,
-        }
-
     def _companions(self, i: int) -> tuple[str | np.ndarray, ...]:
         place, vocab_size = self._place("companions", i), self._limits.vocab_size
         return tuple(
-            checks.companion(friend, place, vocab_size, self._tokenizer)
+            checks.companion(friend, place, vocab_size, self._parser.tokenizer)
             for friend in self._friends[i]
         )
 
@@ -314,6 +312,11 @@ def _check_others(others: Mapping[str, Any], specs: Mapping[str, Param]) -> None
 @functools.cache
 def _warn_once(name: str, why: str) -> None:
     logger.warning("`%s` is ignored: %s.", name, why)
+
+
+def _is_row(value: Any) -> bool:
+    """Whether an argument has a value for every prompt."""
+    return isinstance(value, list | tuple | np.ndarray)
 
 
 def _rows(given: Mapping[str, Any], tokenizer: Any) -> tuple[str, list[Any], bool]:

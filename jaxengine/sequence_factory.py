@@ -1,6 +1,5 @@
 """From checked prompts to sequences: tokenized, limited, seeded and numbered."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -116,7 +115,7 @@ class SequenceFactory:
         is_streaming: bool,
     ) -> SequenceRequest:
         params = request.params
-        stop_ids = tuple(dict.fromkeys((*(params.stop_token_ids or ()), *self._eos)))
+        stop_ids = tuple(dict.fromkeys((*params.stop_token_ids, *self._eos)))
         if len(stop_ids) > MAX_STOP_TOKEN_IDS:
             raise RequestError(
                 f"`stop_token_ids` of prompt {request.index} and the model's own are "
@@ -131,7 +130,7 @@ class SequenceFactory:
             np.asarray(encode(self._tokenizer, [c])[0], np.int32) if isinstance(c, str) else c
             for c in request.companions
         ]
-        longest = max(len(text) for text in (ids, *companions))
+        longest = max(map(len, (ids, *companions)))
         is_exact = params.seed_mode == "exact"
         seed = self._seed(params.seed)
         alone = SequenceRequest(
@@ -159,8 +158,7 @@ class SequenceFactory:
             timeout_s=request.timeout_s,
         )
         grouped = tuple(
-            dataclasses.replace(
-                alone,
+            alone._replace(
                 seq_id=next(self._seq_ids),
                 prompt_ids=text,
                 logprob_start=None,
@@ -168,7 +166,7 @@ class SequenceFactory:
             )
             for text in companions
         )
-        return dataclasses.replace(alone, companions=grouped) if grouped else alone
+        return alone._replace(companions=grouped) if grouped else alone
 
     def _priority(self, request: PromptRequest) -> int:
         config = self._config
@@ -189,18 +187,20 @@ class SequenceFactory:
 
     def _max_new_tokens(self, request: PromptRequest, prompt_len: int) -> int:
         """The limit after clipping to the context and to the pool, as SGLang clips it."""
-        context, pool = self._context, self._pool
+        room = min(self._context, self._pool) - prompt_len
+        if room <= 0:
+            raise self._too_long(request.index, prompt_len)
         asked = request.params.max_new_tokens
-        where = f"Prompt {request.index} has {prompt_len:,} tokens"
-        if prompt_len >= context:
-            raise PromptTooLongError(
-                f"{where}; `context_length` is {context:,} and must hold at least one more. "
+        return room if asked is None else min(asked, room)
+
+    def _too_long(self, index: int, prompt_len: int) -> PromptTooLongError:
+        where = f"Prompt {index} has {prompt_len:,} tokens"
+        if prompt_len >= self._context:
+            return PromptTooLongError(
+                f"{where}; `context_length` is {self._context:,} and must hold at least one more. "
                 "Shorten it, or raise `context_length` if the model allows."
             )
-        if prompt_len >= pool:
-            raise PromptTooLongError(
-                f"{where}; the KV pages hold {pool:,} in all. "
-                "Shorten it, or raise `max_total_tokens` or `mem_fraction_static`."
-            )
-        room = min(context, pool) - prompt_len
-        return room if asked is None else min(asked, room)
+        return PromptTooLongError(
+            f"{where}; the KV pages hold {self._pool:,} in all. "
+            "Shorten it, or raise `max_total_tokens` or `mem_fraction_static`."
+        )

@@ -1,5 +1,6 @@
 """From the arguments of `generate` to a call under way: checked, given a sampler, and queued."""
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxengine.errors import RequestError
 from jaxengine.hidden import HiddenCollector
 from jaxengine.in_flight import InFlight
 from jaxengine.outputs import SequenceOutput
-from jaxengine.params import SamplingParams
+from jaxengine.params import HostParams, ParamsParser
 from jaxengine.requests import ParsedCall, PromptRequest, Refused, group_size, parse_call
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.sampling import as_sampler
@@ -56,12 +57,9 @@ class Submitter:
         self._config, self._model_config = built.config, built.model_config
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
-        self._default_params = default_params(
-            built.config,
-            built.samplers.own.steps.sampler.params,
-            vocab_size=built.model_config.vocab_size,
-            tokenizer=tokenizer,
-        )
+        self._parsers: weakref.WeakKeyDictionary[LiveSampler, ParamsParser]
+        self._parsers = weakref.WeakKeyDictionary()
+        self._default_params = default_params(built.config, self._parser(built.samplers.own))
         self._weight_versions = weight_versions
         self._factory = SequenceFactory(
             built.config,
@@ -84,16 +82,15 @@ class Submitter:
           EngineDeadError: After the worker was stopped.
         """
         live = self._sampler(arguments)
-        specs = live.steps.sampler.params
-        params = with_defaults(arguments.get("sampling_params"), self._default_params, specs)
+        parser = self._parser(live)
+        given = arguments.get("sampling_params")
+        params = with_defaults(given, self._default_params, parser.specs)
         parsed = parse_call(
             {**arguments, "sampling_params": params},
             seed_key=seed_key,
-            specs=specs,
-            vocab_size=self._model_config.vocab_size,
+            parser=parser,
             hidden_size=self._model_config.hidden_size,
             max_top_logprobs=self._config.max_top_logprobs,
-            tokenizer=self._tokenizer,
         )
         samples = self._factory.sequences(parsed, live)
         # Compiled here, not in the engine's thread: nobody else waits for it.
@@ -126,6 +123,17 @@ class Submitter:
                 raise RequestError("`capture` must map names to functions (logits, drawn, ctx).")
             chosen = chosen._replace(capture={**chosen.capture, **capture})
         return self._samplers.get(chosen, size, forget=self._programs.drop)
+
+    def _parser(self, live: LiveSampler) -> ParamsParser:
+        parser = self._parsers.get(live)
+        if parser is None:
+            parser = ParamsParser(
+                live.steps.sampler.params,
+                vocab_size=self._model_config.vocab_size,
+                tokenizer=self._tokenizer,
+            )
+            self._parsers[live] = parser
+        return parser
 
     def _submit(self, parsed: ParsedCall, samples: list[SequenceRequest | Refused]) -> Call:
         channel = Channel()
@@ -165,7 +173,7 @@ class Submitter:
     ) -> SequenceOutput:
         request = parsed.requests[index // parsed.n]
         is_known = isinstance(request, PromptRequest)
-        params = request.params if is_known else SamplingParams()
+        params = request.params if is_known else HostParams()
         decode = self._decode if parsed.has_text and self._tokenizer is not None else None
         return SequenceOutput(
             sample,
@@ -185,13 +193,13 @@ class Submitter:
     def _decode(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id])
 
-    def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
+    def _detokenizer(self, params: HostParams) -> Detokenizer | None:
         if self._vocabulary is None:
             return None
         return Detokenizer(
             self._vocabulary,
-            stop=tuple(params.stop or ()),
-            stop_regex=tuple(params.stop_regex or ()),
+            stop=params.stop,
+            stop_regex=params.stop_regex,
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
             no_stop_trim=params.no_stop_trim,

@@ -6,7 +6,6 @@ Dimension key (shapes in annotations and name suffixes):
 """
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,11 +16,11 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROB_IDS = 64
 """Most token ids whose logprobs one request may ask for."""
 
-WEIGHTS_ID = "weights"
-"""Name of the leaf that says of every token which weights it was drawn with."""
-
 HIDDEN = "hidden"
 """Name of the leaf with hidden states, of prompt tokens and of tokens drawn."""
+
+CAPTURES = ("aux", "capture/")
+"""How the names of leaves begin that are reported whether logprobs are wanted or not."""
 
 type HiddenStates = Literal["all", "last", "mean"]
 """Which hidden states a request reports: of every token, of the last, or their mean."""
@@ -94,8 +93,7 @@ class StopReason(NamedTuple):
                 return {"type": "abort", "message": message, **more}
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SequenceRequest:
+class SequenceRequest(NamedTuple):
     """One sample of one prompt, as the engine core sees it: tokens, not text.
 
     Attributes:
@@ -107,7 +105,7 @@ class SequenceRequest:
       stop_token_ids: Ids that end the sequence, EOS included.
       ignore_eos: No token ends the sequence, only its length.
       seed: Effective seed, in [0, 2**63).
-      values: Sampler parameters by name, checked and encoded.
+      values: Sampler parameters that are given, by name, checked and encoded.
       sampler_id: Which of the engine's samplers draws.
       sampler: That sampler itself, held so that it lives, and not looked into.
       is_stateful: The sampler keeps a state of the tokens drawn so far, which cannot be had again
@@ -137,9 +135,9 @@ class SequenceRequest:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: int = 0
-    values: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = {}
     sampler_id: int = 0
-    sampler: Any = field(default=None, repr=False)
+    sampler: Any = None
     is_stateful: bool = False
     companions: tuple["SequenceRequest", ...] = ()
     is_streaming: bool = False
@@ -170,12 +168,14 @@ class SequenceUpdate(NamedTuple):
     Attributes:
       seq_id: Which sequence.
       token_ids: New tokens, in order; the stop token is included.
-      leaves: What is reported of every new token, by name: arrays [new tokens, ...].
+      leaves: What is reported of every new token, by name: arrays [new tokens, ...]; what is about
+        logprobs only where they are wanted.
       prompt_leaves: The same of prompt tokens, in order.
       finish: Set on the last update of a sequence.
       error: Set instead of `finish` when the sequence failed.
       cached_tokens: Prompt tokens that were not computed, set on the last update.
       num_retractions: How often the sequence was preempted, set on the last update.
+      weights_id: Which parameters the tokens were drawn with.
     """
 
     seq_id: int
@@ -186,3 +186,4 @@ class SequenceUpdate(NamedTuple):
     error: Exception | None = None
     cached_tokens: int = 0
     num_retractions: int = 0
+    weights_id: int = 0

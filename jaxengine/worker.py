@@ -36,6 +36,7 @@ class Worker:
         self._on_stop = on_stop
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._updates: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        # Callers' threads put one in, the text thread takes it out.
         self._outputs: dict[int, Output] = {}
         self._calls: set[Future] = set()
         # Calls that are not due yet, and what must not overtake them.
@@ -70,7 +71,7 @@ class Worker:
         with self._ending:
             self._check_alive()
             # First of all, so that a request the engine never sees still learns of its end.
-            self._updates.put(requests)
+            self._outputs.update((request.seq_id, output) for request, output in requests)
             self._inbox.put(lambda: self._held.append(add) if self._waiting else add())
 
     def finish(self, update: SequenceUpdate) -> None:
@@ -182,12 +183,8 @@ class Worker:
                     output.push(SequenceUpdate(seq_id, [], error=message))
                 return
             started = time.perf_counter()
-            for item in message:
-                if isinstance(item, SequenceUpdate):
-                    self._deliver(item)
-                else:
-                    request, output = item
-                    self._outputs[request.seq_id] = output
+            for update in message:
+                self._deliver(update)
             self._core.seconds["text"] += time.perf_counter() - started
 
     def _deliver(self, update: SequenceUpdate) -> None:

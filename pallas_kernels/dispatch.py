@@ -16,7 +16,7 @@ def call(
     op: str,
     implementations: Mapping[str, Callable[..., Any]],
     implementation: str | None,
-    *args: jax.Array | None,
+    *args: Any,
     on_gpu: str = "triton",
     **kwargs: Any,
 ) -> Any:

@@ -49,3 +49,19 @@ def float_of_order(order: jax.Array) -> jax.Array:
     """Returns the floats that `order_of_float` made integers of."""
     bits = jnp.where(order < 0, order ^ jnp.int32(0x7FFFFFFF), order)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def inverses(temperature: jax.Array | None) -> jax.Array:
+    """Returns 1 / temperature of each row, or a single 1 for all of them; for `inverse_of`.
+
+    Beyond 1e-30 and 1e30 temperatures do alike, and their inverses are zero or infinite, which
+    times an infinite or a zero difference of logits would be NaN.
+    """
+    if temperature is None:
+        return jnp.ones(1, jnp.float32)  # a constant, where one a row would be a kernel's work
+    return 1 / jnp.clip(temperature, 1e-30, 1e30)
+
+
+def inverse_of(inverses_ref, row: jax.Array) -> jax.Array:
+    """Reads the inverse of a row's temperature in a kernel."""
+    return inverses_ref[row if inverses_ref.shape[0] > 1 else 0]

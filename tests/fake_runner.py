@@ -14,7 +14,7 @@ from jaxengine.scheduler.plan import (
     DecodePlan,
     DecodeRow,
     NewRow,
-    PageWrite,
+    PageWrites,
     PrefillPlan,
     PrefillRow,
     StepPlan,
@@ -317,15 +317,15 @@ class FakeRunner:
             self._texts[request.seq_id] = text, marks_of(request.cache_namespace, text)
         return self._texts[request.seq_id]
 
-    def _write_pages(self, writes: list[PageWrite]) -> None:
-        for write in writes:
-            slot = self._slots[write.slot]
+    def _write_pages(self, writes: PageWrites) -> None:
+        for slot_id, index, page in zip(*writes, strict=True):
+            slot = self._slots[slot_id]
             assert slot is not None, "a page is written into an empty slot"
-            assert 0 < write.page < self._num_pages, f"there is no page {write.page} to hand out"
-            if write.index == 0:  # new, or back after a preemption
+            assert 0 < page < self._num_pages, f"there is no page {page} to hand out"
+            if index == 0:  # new, or back after a preemption
                 slot.page_table[:] = NULL_PAGE
-            assert slot.page_table[write.index] == NULL_PAGE, "a page is replaced while in use"
-            slot.page_table[write.index] = write.page
+            assert slot.page_table[index] == NULL_PAGE, "a page is replaced while in use"
+            slot.page_table[index] = page
 
     def _slot(self, row: PrefillRow | DecodeRow) -> FakeSlot:
         slot = self._slots[row.slot]
@@ -360,11 +360,11 @@ def check_shapes(plan: StepPlan, buckets: Buckets) -> None:
     """Asserts that a plan fits one of the compiled programs."""
     slots = [row.slot for row in plan.rows]
     assert 0 < len(slots) == len(set(slots)), "a plan has no rows, or a slot twice"
-    assert {write.slot for write in plan.page_writes} <= set(slots)
+    assert {*plan.page_writes.slots} <= set(slots)
     if isinstance(plan, DecodePlan):
         assert plan.num_rows in buckets.decode_rows and len(slots) <= plan.num_rows
         assert 0 < plan.num_steps <= buckets.max_window_steps
-        assert len(plan.page_writes) <= buckets.page_writes(plan.num_rows)
+        assert len(plan.page_writes.pages) <= buckets.page_writes(plan.num_rows)
         members = [row.member for row in plan.rows]
         for before, member in itertools.pairwise([-1, *members]):
             assert member in (0, before + 1), "a group is torn apart"

@@ -21,7 +21,7 @@ from jaxengine.config import EngineConfig
 from jaxengine.engine_arguments import ENGINE_ARGUMENTS
 from jaxengine.errors import ConfigError, RequestError
 from jaxengine.generate_arguments import DEFAULTS
-from jaxengine.params import SamplingParams, parse_sampling_params
+from jaxengine.params import ParamsParser, SamplingParams
 from jaxengine.requests import _warn_once, parse_call
 from jaxengine.types import Param
 
@@ -103,11 +103,9 @@ def test_refused_arguments_are_refused_unless_they_ask_for_nothing(
 def call(**arguments: Any) -> Any:
     return parse_call(
         {"input_ids": [1, 2], **arguments},
-        specs=SPECS,
-        vocab_size=10,
+        parser=ParamsParser(SPECS, vocab_size=10, tokenizer=object()),
         hidden_size=8,
         max_top_logprobs=5,
-        tokenizer=object(),
     )
 
 
@@ -163,10 +161,10 @@ def test_refused_arguments_of_generate(name: str):
     assert_refused(GENERATE_ARGUMENTS[name], name, call)
 
 
-def sampling(**params: Any) -> SamplingParams:
-    return parse_sampling_params(
-        params, SPECS, index=None, vocab_size=10, tokenizer=object()
-    ).params
+def sampling(**params: Any) -> dict[str, Any]:
+    """What is made of sampling parameters, the host's and the sampler's, by name."""
+    parsed = ParamsParser(SPECS, vocab_size=10, tokenizer=object()).parse(params, None)
+    return {**parsed.params._asdict(), **parsed.values}
 
 
 VALUES = {
@@ -186,9 +184,11 @@ VALUES = {
 def test_honoured_sampling_parameters_arrive(name: str):
     default = getattr(SamplingParams(), name)
     value = VALUES.get(name, (not default) if isinstance(default, bool) else 0.5)
-    got = getattr(sampling(**{name: value}), name)
-    assert got == ({3: 1.0} if name == "logit_bias" else value)
-    assert got != default
+    got = sampling(**{name: value})
+    if name == "logit_bias":
+        assert (got["logit_bias_ids"][0], got["logit_bias_values"][0]) == (3, 1.0)
+        return
+    assert got[name] == value != default
 
 
 @pytest.mark.parametrize("name", with_fate(SAMPLING_PARAMETERS, "mapped"))
@@ -196,7 +196,7 @@ def test_mapped_sampling_parameters_arrive_as_ours(name: str):
     target = SAMPLING_PARAMETERS[name].target
     value = {"top_p": 0.5} if target == "custom" else 11
     got = sampling(**{name: value})
-    assert got.top_p == 0.5 if target == "custom" else getattr(got, target) == 11
+    assert got["top_p"] == 0.5 if target == "custom" else got[target] == 11
 
 
 @pytest.mark.parametrize("name", with_fate(SAMPLING_PARAMETERS, "refused"))

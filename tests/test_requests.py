@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxengine.errors import RequestError
-from jaxengine.params import SamplingParams
+from jaxengine.params import ParamsParser, SamplingParams
 from jaxengine.requests import ParsedCall, PromptRequest, Refused, parse_call
 from jaxengine.types import Param
 
@@ -20,9 +20,7 @@ def call(
     asked = {"prompt": prompt, "sampling_params": sampling_params, "input_ids": input_ids}
     return parse_call(
         {**asked, **others},
-        tokenizer=tokenizer,
-        specs=SPECS,
-        vocab_size=10,
+        parser=ParamsParser(SPECS, vocab_size=10, tokenizer=tokenizer),
         hidden_size=4,
         max_top_logprobs=5,
     )
@@ -67,7 +65,7 @@ def test_sampling_params_spread_over_a_list_or_go_one_to_one():
     requests = prompts_of(["a", "b"], {"temperature": 0})
     assert [r.values["temperature"] for r in requests] == [0.0, 0.0]
     requests = prompts_of(["a", "b"], [{"temperature": 0}, None])
-    assert [r.values["temperature"] for r in requests] == [0.0, 1.0]
+    assert [r.values for r in requests] == [{"temperature": 0.0}, {}]
     assert prompts_of("a", SamplingParams(seed=3))[0].params.seed == 3
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,11 +10,16 @@ from jaxtyping import Array, Int
 
 from jaxengine.runtime.slots import TableLayout, sampler_values, slot_values
 from jaxengine.scheduler.buckets import Buckets
-from jaxengine.scheduler.plan import DecodePlan, NewRow, PageWrite, PrefillPlan, StepPlan
+from jaxengine.scheduler.plan import DecodePlan, NewRow, PageWrites, PrefillPlan, StepPlan
 from jaxengine.types import MAX_LOGPROB_IDS
 
 DROPPED = np.iinfo(np.int32).max
 """An index out of every range; scatters drop it."""
+
+
+_INDICES = ("slot_ids", "resets", "cells", "seat_resets", "seat_cells")
+_FILL = {"targets": -1, **dict.fromkeys(_INDICES, DROPPED)}
+"""What stands in the open places of a segment, where it is not 0."""
 
 
 class Packing:
@@ -26,15 +31,17 @@ class Packing:
         for name, size in sizes.items():
             self._slices[name] = slice(self.size, self.size + size)
             self.size += size
-
-    def pack(self, fill: Mapping[str, int], values: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The array; what `values` leaves open gets the segment's fill value (0 by default)."""
-        packed = np.zeros(self.size, np.int32)
+        self._empty = np.zeros(self.size, np.int32)
         for name, where in self._slices.items():
-            packed[where] = fill.get(name, 0)
-            value = values.get(name)
-            if value is not None:
-                packed[where.start : where.start + len(value)] = value
+            self._empty[where] = _FILL.get(name, 0)
+
+    def pack(self, values: Mapping[str, Any]) -> np.ndarray:
+        """The array; what the values leave open is filled so that it means nothing."""
+        packed = self._empty.copy()
+        for name, value in values.items():
+            if len(value):
+                start = self._slices[name].start
+                packed[start : start + len(value)] = value
         return packed
 
     def length(self, name: str) -> int:
@@ -109,62 +116,56 @@ def score_packing(buckets: Buckets, num_tokens: int) -> Packing:
     )
 
 
-_FILL = {name: DROPPED for name in ("slot_ids", "resets", "cells", "seat_resets", "seat_cells")}
-
-
 class Edits(NamedTuple):
     """Changes to a table: rows to reset, then cells to set."""
 
-    resets: np.ndarray
-    cells: np.ndarray
-    cell_values: np.ndarray
+    resets: Sequence[int]
+    cells: Sequence[int] | np.ndarray
+    cell_values: Sequence[int] | np.ndarray
 
 
-NO_EDITS = Edits(*(np.zeros(0, np.int32) for _ in range(3)))
+NO_EDITS = Edits((), (), ())
 
 
-def slot_edits(layout: TableLayout, new_rows: list[NewRow], page_writes: list[PageWrite]) -> Edits:
+def slot_edits(layout: TableLayout, new_rows: list[NewRow], writes: PageWrites) -> Edits:
     """All changes a plan makes to the engine's own table."""
-    edits = _edits(layout, [(row.slot, slot_values(row)) for row in new_rows])
-    flat = itertools.chain.from_iterable(page_writes)
-    slots, indices, pages = np.fromiter(flat, np.int32, 3 * len(page_writes)).reshape(-1, 3).T
+    cells, values = _cells(layout, [(row.slot, slot_values(row)) for row in new_rows])
+    slots, indices, pages = (np.asarray(x, np.int32) for x in writes)
     return Edits(
-        edits.resets,
-        np.concatenate([edits.cells, layout.cell(slots, "page_table", indices)]),
-        np.concatenate([edits.cell_values, pages]),
+        [row.slot for row in new_rows],
+        np.concatenate([np.asarray(cells, np.int32), layout.cell(slots, "page_table", indices)]),
+        np.concatenate([np.asarray(values, np.int32), pages]),
     )
 
 
 def seat_edits(layout: TableLayout, new_rows: list[NewRow]) -> Edits:
     """All changes to a sampler's table; `new_rows` are its own."""
-    return _edits(layout, [(row.slot, sampler_values(layout, row)) for row in new_rows])
+    rows = [(row.slot, sampler_values(layout, row)) for row in new_rows]
+    return Edits([slot for slot, _ in rows], *_cells(layout, rows))
 
 
-def _edits(layout: TableLayout, rows: list[tuple[int, dict[str, Any]]]) -> Edits:
-    parts = [layout.cells(slot, values) for slot, values in rows]
-    empty = np.zeros(0, np.int32)
-    return Edits(
-        np.asarray([slot for slot, _ in rows], np.int32),
-        np.concatenate([empty, *(cells for cells, _ in parts)]).astype(np.int32),
-        np.concatenate([empty, *(values for _, values in parts)]).astype(np.int32),
-    )
+def _cells(
+    layout: TableLayout, rows: list[tuple[int, dict[str, Any]]]
+) -> tuple[list[int], list[int]]:
+    cells, values = [], []
+    for slot, row in rows:
+        own_cells, own_values = layout.cells(slot, row)
+        cells += own_cells
+        values += own_values
+    return cells, values
 
 
 def split_edits(edits: Edits) -> list[np.ndarray]:
     """Edits as packed arrays that fit an edit program; resets come before any cell."""
     pieces = [
-        Edits(edits.resets[i : i + EDIT_ROWS], edits.cells[:0], edits.cell_values[:0])
+        Edits(edits.resets[i : i + EDIT_ROWS], (), ())
         for i in range(0, len(edits.resets), EDIT_ROWS)
     ]
     pieces += [
-        Edits(
-            edits.resets[:0],
-            edits.cells[i : i + EDIT_CELLS],
-            edits.cell_values[i : i + EDIT_CELLS],
-        )
+        Edits((), edits.cells[i : i + EDIT_CELLS], edits.cell_values[i : i + EDIT_CELLS])
         for i in range(0, len(edits.cells), EDIT_CELLS)
     ]
-    return [edit_packing().pack(_FILL, piece._asdict()) for piece in pieces]
+    return [edit_packing().pack(piece._asdict()) for piece in pieces]
 
 
 def fits(packing: Packing, edits: Edits, prefix: str = "") -> bool:
@@ -175,33 +176,31 @@ def fits(packing: Packing, edits: Edits, prefix: str = "") -> bool:
 def pack_prefill(plan: PrefillPlan, buckets: Buckets, edits: Edits, seats: Edits) -> np.ndarray:
     """The packed array of a prefill; the edits must fit."""
     packing = prefill_packing(buckets, plan.num_tokens)
-    lens = np.asarray([len(row.token_ids) for row in plan.rows], np.int32)
-    q_starts = np.full(buckets.prefill_rows(plan.num_tokens) + 1, lens.sum(), np.int32)
-    q_starts[: len(lens) + 1] = np.concatenate([[0], np.cumsum(lens)])
+    starts = [0, *itertools.accumulate(len(row.token_ids) for row in plan.rows)]
+    q_starts = np.full(packing.length("q_starts"), starts[-1], np.int32)
+    q_starts[: len(starts)] = starts
     return packing.pack(
-        _FILL,
         {
             "token_ids": np.concatenate([row.token_ids for row in plan.rows]),
-            "slot_ids": np.asarray([row.slot for row in plan.rows]),
+            "slot_ids": [row.slot for row in plan.rows],
             "q_starts": q_starts,
-            "kv_lens": np.asarray([r.start for r in plan.rows]) + lens,
-            "draws": np.asarray([row.draws for row in plan.rows]),
+            "kv_lens": [row.start + len(row.token_ids) for row in plan.rows],
+            "draws": plan.draws,
             **edits._asdict(),
             **{f"seat_{name}": value for name, value in seats._asdict().items()},
-        },
+        }
     )
 
 
 def pack_decode(plan: DecodePlan, buckets: Buckets, num_rows: int, edits: Edits) -> np.ndarray:
     """The packed array of a decode window over `num_rows`; the edits must fit."""
     return decode_packing(buckets, num_rows).pack(
-        _FILL,
         {
-            "num_steps": np.asarray([plan.num_steps]),
-            "slot_ids": np.asarray([row.slot for row in plan.rows]),
+            "num_steps": [plan.num_steps],
+            "slot_ids": [row.slot for row in plan.rows],
             "leaders": _leaders(plan, num_rows),
             **edits._asdict(),
-        },
+        }
     )
 
 
@@ -210,10 +209,9 @@ def pack_draw(plan: StepPlan, num_rows: int, sampler_id: int) -> np.ndarray:
     rows = zip(plan.rows, plan.draws, strict=True)
     draws = [draws and row.sampler_id == sampler_id for row, draws in rows]
     return draw_packing(num_rows).pack(
-        _FILL,
         {
-            "slot_ids": np.asarray([row.slot for row in plan.rows]),
-            "draws": np.asarray(draws),
+            "slot_ids": [row.slot for row in plan.rows],
+            "draws": draws,
             "leaders": _leaders(plan, num_rows),
         },
     )
@@ -246,7 +244,6 @@ def pack_score(
         asked = logprob_ids.get(row.slot, ())
         ids[i, : len(asked)] = asked
     return score_packing(buckets, plan.num_tokens).pack(
-        {"targets": -1},
         {
             "targets": np.concatenate(targets),
             "rows": np.concatenate(rows),

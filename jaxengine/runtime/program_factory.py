@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,6 +44,8 @@ class ProgramFactory:
         """
         self.forward = forward
         self.params = params
+        leaves, self._tree = jax.tree.flatten(params)
+        self._leaves = tuple(leaves)
         self._mesh = mesh
         buckets, config = forward.buckets, forward.model.config
         self.state = DeviceState(
@@ -78,12 +81,12 @@ class ProgramFactory:
     def fused(self, steps: SamplerSteps, *, is_cached: bool) -> dict[ProgramKey, ProgramSpec]:
         """Prefills and windows with a sampler traced into them, and its edits."""
         buckets, owner = self.forward.buckets, steps.owner
-        common = (self.params, self.state, self.seats(steps), self._shapes(steps.sampler.arrays))
+        common = (self._leaves, self.state, self.seats(steps), self._shapes(steps.sampler.arrays))
         specs = self.edits(steps, is_cached=is_cached)
         for tokens in buckets.prefill_tokens:
             specs[ProgramKey("prefill", tokens, owner)] = ProgramSpec(
                 name=f"prefill_t{tokens}",
-                fn=functools.partial(steps.prefill, num_tokens=tokens),
+                fn=self._of_leaves(functools.partial(steps.prefill, num_tokens=tokens)),
                 args=(*common, self._packed(batch.prefill_packing(buckets, tokens))),
                 donate=(1, 2),
                 options=self._options,
@@ -98,7 +101,7 @@ class ProgramFactory:
     def hidden_windows(self, steps: SamplerSteps, *, is_cached: bool) -> Specs:
         """Windows that report hidden states."""
         buckets = self.forward.buckets
-        common = (self.params, self.state, self.seats(steps), self._shapes(steps.sampler.arrays))
+        common = (self._leaves, self.state, self.seats(steps), self._shapes(steps.sampler.arrays))
         keys = [ProgramKey(HIDDEN_DECODE, rows, steps.owner) for rows in buckets.decode_rows]
         return {key: self._window(steps, key, common, is_cached=is_cached) for key in keys}
 
@@ -107,10 +110,12 @@ class ProgramFactory:
     ) -> ProgramSpec:
         return ProgramSpec(
             name=f"{key.kind}_b{key.size}",
-            fn=functools.partial(
-                steps.decode,
-                num_rows=key.size,
-                has_hidden=key.kind == HIDDEN_DECODE,
+            fn=self._of_leaves(
+                functools.partial(
+                    steps.decode,
+                    num_rows=key.size,
+                    has_hidden=key.kind == HIDDEN_DECODE,
+                )
             ),
             args=(*common, self._packed(batch.decode_packing(self.forward.buckets, key.size))),
             donate=(1, 2),
@@ -163,11 +168,11 @@ class ProgramFactory:
     def forwards(self) -> dict[ProgramKey, ProgramSpec]:
         """Steps without a sampler, for the split form."""
         specs, forward, buckets = {}, self.forward, self.forward.buckets
-        common = (self.params, self.state)
+        common = (self._leaves, self.state)
         for tokens in buckets.prefill_tokens:
             specs[ProgramKey("forward_prefill", tokens)] = ProgramSpec(
                 name=f"forward_prefill_t{tokens}",
-                fn=functools.partial(forward.prefill, num_tokens=tokens),
+                fn=self._of_leaves(functools.partial(forward.prefill, num_tokens=tokens)),
                 args=(*common, self._packed(batch.prefill_packing(buckets, tokens))),
                 donate=(1,),
                 options=self._options,
@@ -176,7 +181,7 @@ class ProgramFactory:
         for rows in buckets.split_rows:
             specs[ProgramKey("forward_decode", rows)] = ProgramSpec(
                 name=f"forward_decode_b{rows}",
-                fn=functools.partial(forward.decode, num_rows=rows),
+                fn=self._of_leaves(functools.partial(forward.decode, num_rows=rows)),
                 args=(*common, self._packed(batch.decode_packing(buckets, rows))),
                 donate=(1,),
                 options=self._options,
@@ -195,8 +200,10 @@ class ProgramFactory:
             specs[key._replace(kind="embeds_prefill")] = dataclasses.replace(
                 spec,
                 name=f"embeds_prefill_t{key.size}",
-                fn=lambda *args, k=key: forward.prefill(
-                    *args[:3], num_tokens=k.size, embeds=args[3]
+                fn=self._of_leaves(
+                    lambda *args, k=key: forward.prefill(
+                        *args[:3], num_tokens=k.size, embeds=args[3]
+                    )
                 ),
                 args=(*spec.args, embeds),
             )
@@ -208,15 +215,19 @@ class ProgramFactory:
         for tokens in buckets.prefill_tokens:
             specs[ProgramKey("score", tokens)] = ProgramSpec(
                 name=f"score_t{tokens}",
-                fn=lambda *args, t=tokens: self.forward.score(*args, num_tokens=t),
+                fn=self._of_leaves(functools.partial(self.forward.score, num_tokens=tokens)),
                 args=(
-                    self.params,
+                    self._leaves,
                     self._array((tokens, model.config.hidden_size), model.dtype),
                     self._packed(batch.score_packing(buckets, tokens)),
                 ),
                 cost=tokens,
             )
         return specs
+
+    def _of_leaves(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """A step that takes the parameters as a tuple: every call would take a tree apart anew."""
+        return lambda leaves, *args: fn(jax.tree.unflatten(self._tree, leaves), *args)
 
     def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self._mesh))

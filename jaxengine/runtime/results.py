@@ -5,6 +5,7 @@ each leaf.
 """
 
 import copy
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -100,10 +101,15 @@ def unpack(packed: np.ndarray, specs: Specs) -> dict[str, np.ndarray]:
         size = math.prod(spec.shape)
         part = packed[..., start : start + size]
         start += size
-        dtype = np.float32 if jnp.issubdtype(spec.dtype, jnp.floating) else spec.dtype
-        part = part.view(dtype) if dtype == np.float32 else part.astype(dtype)
+        is_float = _is_float(spec.dtype)
+        part = part.view(np.float32) if is_float else part.astype(spec.dtype, copy=False)
         leaves[name] = part.reshape(*packed.shape[:2], *spec.shape)
     return leaves
+
+
+@functools.cache
+def _is_float(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
 
 
 def _side_by_side(leaves: Mapping[str, Array], specs: Specs) -> Int[Array, "B n"]:

@@ -46,8 +46,11 @@ class Runner:
         self._logprob_ids: dict[int, tuple[int, ...]] = {}
         self._wants_lists: dict[int, bool] = {}
         self._feeds_last: dict[int, bool] = {}
-        self.params: Params | None = params
+        self.params: Params | None = None
+        # What programs take: the same arrays, side by side.
+        self._leaves: tuple[jax.Array, ...] = ()
         self._weights_id = 0
+        self.swap(params, 0)
         self.reset()
 
     def reset(self) -> None:
@@ -147,6 +150,7 @@ class Runner:
           weights_id: Which these are; tokens carry it.
         """
         self.params, self._weights_id = params, weights_id
+        self._leaves = tuple(jax.tree.leaves(params))
 
     def release(self) -> None:
         """Drops every device array."""
@@ -161,7 +165,7 @@ class Runner:
 
     def release_params(self) -> None:
         """Drops the parameters, until `swap`; arrays somebody else holds stay where they are."""
-        self.params = None
+        self.params, self._leaves = None, ()
 
     def _is_fused(self, plan: StepPlan, sampler: LiveSampler) -> bool:
         """Whether the plan's programs have this sampler in them; if not yet, has them made."""
@@ -179,7 +183,7 @@ class Runner:
         program = self._programs.get(_key(plan, sampler))
         packed = self._pack_prefill(plan, sampler)
         self._state, sampler.seats, out, hidden = program(
-            self.params, self._state, self._seats(sampler), sampler.arrays, packed
+            self._leaves, self._state, self._seats(sampler), sampler.arrays, packed
         )
         drawn = [Drawn(sampler, out, sampler.steps.result, 0, 1)]
         return self._handle(plan, drawn, self._score(plan, hidden))
@@ -189,7 +193,7 @@ class Runner:
         program = self._programs.get(_key(plan, sampler)._replace(kind=kind))
         packed = self._pack_decode(plan, plan.num_rows)
         self._state, sampler.seats, out = program(
-            self.params, self._state, self._seats(sampler), sampler.arrays, packed
+            self._leaves, self._state, self._seats(sampler), sampler.arrays, packed
         )
         num_steps = self._factory.forward.buckets.max_window_steps
         layout = sampler.steps.window_result(has_hidden=has_hidden)
@@ -204,7 +208,7 @@ class Runner:
                 kind, specs, extra = "embeds_prefill", self._factory.embeds, (self._embeds(plan),)
             program = self._program(ProgramKey(kind, plan.num_tokens), specs)
             packed = self._pack_prefill(plan, None)
-            self._state, logits, last, hidden = program(self.params, self._state, packed, *extra)
+            self._state, logits, last, hidden = program(self._leaves, self._state, packed, *extra)
             drawn += self._draw(plan, samplers, logits, last, 0)
             return self._handle(plan, drawn, self._score(plan, hidden))
         buckets = self._factory.forward.buckets
@@ -216,7 +220,7 @@ class Runner:
         wants_hidden = any(self._feeds_last.get(row.slot) for row in plan.rows)
         states = []
         for step in range(plan.num_steps):
-            self._state, logits, hidden = program(self.params, self._state, packed)
+            self._state, logits, hidden = program(self._leaves, self._state, packed)
             drawn += self._draw(plan, samplers, logits, hidden.final, step)
             states += [hidden.reported] * wants_hidden
             packed = again
@@ -285,7 +289,7 @@ class Runner:
         if any(row.targets is not None for row in plan.rows):
             program = self._program(ProgramKey("score", plan.num_tokens), self._factory.scores)
             packed = batch.pack_score(plan, self._factory.forward.buckets, self._logprob_ids)
-            reported = program(self.params, hidden.final, packed)
+            reported = program(self._leaves, hidden.final, packed)
         if any(row.states is not None for row in plan.rows):
             reported[HIDDEN] = hidden.reported
         return reported

@@ -6,6 +6,7 @@ There is one table for the engine's own columns, and one for the parameters of e
 """
 
 import math
+import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -40,6 +41,9 @@ FIELDS: dict[str, Param] = {
 `position` is where it will be written; tokens before `num_counted` are in the token counts."""
 
 
+_FLOAT, _FLOAT_BITS = struct.Struct("f"), struct.Struct("i")
+
+
 class Column(NamedTuple):
     """Where a value stands in a slot's row.
 
@@ -65,6 +69,7 @@ class TableLayout:
             self.width += self.columns[name].size
         rows = [self._bits(name, c.param.default) for name, c in self.columns.items()]
         self.default_row = np.concatenate([np.zeros(0, np.int32), *rows])
+        self._default_bits: list[int] = self.default_row.tolist()
 
     def describe(self) -> tuple[tuple[str, int, str], ...]:
         """Names, places and types of the columns: what compiled programs depend on."""
@@ -73,24 +78,30 @@ class TableLayout:
     def _bits(self, name: str, value: Any) -> np.ndarray:
         param = self.columns[name].param
         padded = np.full(param.shape, param.pad, dtype=param.dtype)
-        value = np.asarray(value, dtype=param.dtype)
-        padded[tuple(slice(n) for n in value.shape)] = value
+        if value is not None:
+            value = np.asarray(value, dtype=param.dtype)
+            padded[tuple(slice(n) for n in value.shape)] = value
         return padded.reshape(-1).view(np.int32)
 
-    def cells(self, slot: int, values: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    def cells(self, slot: int, values: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         """Flat cell indices and values that turn a slot's default row into one with `values`."""
-        wanted = self.default_row.copy()
+        cells, bits, row = [], [], slot * self.width
         for name, value in values.items():
-            start, size, param = self.columns[name]
-            # Most are numbers, and the general way takes ten times as long.
+            start, _, param = self.columns[name]
+            if value is param.default:
+                continue
+            # Most are numbers, and numpy would take ten times as long.
             if type(value) is int and param.dtype == "int32" and not param.shape:
-                wanted[start] = value
+                new = [value]
             elif type(value) is float and param.dtype == "float32" and not param.shape:
-                wanted[start] = np.float32(value).view(np.int32)
-            elif value is not param.default:
-                wanted[start : start + size] = self._bits(name, value)
-        changed = np.flatnonzero(wanted != self.default_row)
-        return slot * self.width + changed, wanted[changed]
+                new = _FLOAT_BITS.unpack(_FLOAT.pack(value))
+            else:
+                new = self._bits(name, value).tolist()
+            for cell, bit in enumerate(new, start):
+                if bit != self._default_bits[cell]:
+                    cells.append(row + cell)
+                    bits.append(bit)
+        return cells, bits
 
     def cell(self, slot: Any, name: str, index: Any) -> Any:
         """Flat index of one entry of a column; slots and indices may be arrays."""
@@ -126,7 +137,7 @@ def slot_values(row: NewRow) -> dict[str, Any]:
     request, outputs = row.request, row.output_ids
     text_len = len(request.prompt_ids) + len(outputs)
     return {
-        "token": outputs[-1] if outputs else request.prompt_ids[-1],
+        "token": outputs[-1] if outputs else int(request.prompt_ids[-1]),
         "position": text_len - 1,
         "num_generated": len(outputs),
         "prompt_len": len(request.prompt_ids),

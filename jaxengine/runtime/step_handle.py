@@ -10,7 +10,7 @@ import numpy as np
 from jaxengine.runtime import results
 from jaxengine.runtime.samplers import LiveSampler
 from jaxengine.scheduler.plan import PrefillPlan, StepPlan, StepResult
-from jaxengine.types import HIDDEN, WEIGHTS_ID
+from jaxengine.types import HIDDEN
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,7 @@ class StepHandle:
             num_rows = len(self.plan.rows)
             steps = [np.asarray(array)[:num_rows] for array in self._hidden]
             leaves[HIDDEN] = np.stack(steps, axis=1)
-        token_ids = leaves[results.TOKEN]
-        leaves[WEIGHTS_ID] = np.broadcast_to(np.int32(self._weights_id), token_ids.shape)
-        return StepResult(token_ids, leaves, self._prompt_leaves())
+        return StepResult(leaves[results.TOKEN], leaves, self._prompt_leaves(), self._weights_id)
 
     def _unpack(self, part: Drawn) -> dict[str, np.ndarray]:
         layout = part.layout

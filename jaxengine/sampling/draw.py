@@ -1,5 +1,6 @@
 """How one token is drawn from the transformed logits."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +11,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxengine.sampling.context import SamplingContext
 from jaxengine.sampling.transforms import Needs
 from jaxengine.types import Param
-from pallas_kernels.vocab_blocks import BLOCK, block_sums, in_blocks
+from pallas_kernels.vocab_blocks import BLOCK, BlockSums, block_sums, tokens_of
+
+type TokensOf = Callable[[Int[Array, " B"]], Float[Array, "B n"]]
+"""The logits of one block of each row."""
 
 
 class Draw(NamedTuple):
@@ -26,6 +30,9 @@ class Draw(NamedTuple):
       arrays: Learned weights, `ctx.arrays` inside.
       is_greedy: ctx -> bool[B], rows that take the most likely token; a step with only such rows
         needs no noise. None when there are none.
+      by_blocks: (sums of blocks of logits, block i32[B] -> its logits f32[B, n], ctx) -> token
+        i32[B], if `select` is nothing but this. Logits that lie in memory are then drawn from by
+        what kernels made of their blocks.
     """
 
     select: Callable[..., Any]
@@ -35,18 +42,26 @@ class Draw(NamedTuple):
     needs: Needs = Needs()
     arrays: Any = ()
     is_greedy: Callable[[SamplingContext], Bool[Array, " B"]] | None = None
+    by_blocks: Callable[[BlockSums, TokensOf, SamplingContext], Int[Array, " B"]] | None = None
 
 
 def _gumbel_max(logits: Float[Array, "B V"], state: Any, ctx: SamplingContext) -> Int[Array, " B"]:
+    # XLA fuses what computes the logits into the pass that sums their blocks.
+    sums = block_sums(logits, implementation="reference")
+    return _by_blocks(sums, functools.partial(tokens_of, logits), ctx)
+
+
+def _by_blocks(
+    sums: BlockSums, tokens_of_block: TokensOf, ctx: SamplingContext
+) -> Int[Array, " B"]:
     is_greedy = _is_greedy(ctx)
 
     def most(values: Float[Array, "B n"], keys: Key[Array, " B"], greedy: Array) -> Array:
         noise = jax.vmap(lambda key: jax.random.gumbel(key, values.shape[-1:], jnp.float32))(keys)
         return jnp.argmax(jnp.where(is_greedy[:, None], greedy, values + noise), axis=-1)
 
-    sums = block_sums(logits, implementation="reference")
     block = most(sums.log, ctx.key, sums.max)
-    tokens = jnp.take_along_axis(in_blocks(logits), block[:, None, None], axis=1)[:, 0]
+    tokens = tokens_of_block(block)
     keys = jax.vmap(jax.random.fold_in, (0, None))(ctx.key, _IN_BLOCK_STREAM)
     return (block * BLOCK + most(tokens, keys, tokens)).astype(jnp.int32)
 
@@ -60,7 +75,7 @@ def _is_greedy(ctx: SamplingContext) -> Bool[Array, " B"]:
     return ctx.values.get("temperature", jnp.ones(ctx.position.shape)) == 0
 
 
-gumbel_max = Draw(_gumbel_max, is_greedy=_is_greedy)
+gumbel_max = Draw(_gumbel_max, is_greedy=_is_greedy, by_blocks=_by_blocks)
 """argmax(x + Gumbel noise) draws from softmax(x): here a block of 128 tokens by the log-sum-exp of
 its logits, then a token of that block. The distribution is that of noise on every token, for one
 pass over the logits and a hundredth of the noise. Rows of temperature 0 are greedy, ties going to

@@ -78,7 +78,7 @@ def one_measure(
     token: Int[Array, " B"], logits: Float[Array, "B V"], sums: BlockSums
 ) -> dict[str, Array]:
     """The same where nothing was made of the logits."""
-    return dict.fromkeys(MEASURES, at_token(logits, token) - sums.log_total)
+    return dict.fromkeys(MEASURES, sums.logprob(at_token(logits, token)))
 
 
 def no_logprobs(wants: Wants) -> dict[str, Array]:
@@ -89,10 +89,13 @@ def no_logprobs(wants: Wants) -> dict[str, Array]:
 
 def listed_logprobs(logits: Float[Array, "B V"], sums: BlockSums, wants: Wants) -> dict[str, Array]:
     """Logprobs of the `num_top` most likely tokens, in order, and of the given ids."""
-    norm = sums.log_total[:, None]
     top, top_ids = largest(logits, wants.num_top, sums.max)
     at_ids = jnp.take_along_axis(logits, jnp.maximum(wants.ids, 0), axis=-1)
-    return {"top_logprobs": top - norm, "top_ids": top_ids, "id_logprobs": at_ids - norm}
+    return {
+        "top_logprobs": sums.logprob(top),
+        "top_ids": top_ids,
+        "id_logprobs": sums.logprob(at_ids),
+    }
 
 
 def listed_if_wanted(
@@ -111,8 +114,10 @@ def listed_if_wanted(
 def scores(logits: Float[Array, "B V"], token: Int[Array, " B"], wants: Wants) -> dict[str, Array]:
     """Logprobs of given tokens and the listed ones, by the model's own measure."""
     sums = block_sums(logits)
-    of_token = at_token(logits, token) - sums.log_total
-    return {"logprob": of_token, **listed_logprobs(logits, sums, wants)}
+    return {
+        "logprob": sums.logprob(at_token(logits, token)),
+        **listed_logprobs(logits, sums, wants),
+    }
 
 
 def no_listed_logprobs(wants: Wants) -> dict[str, Array]:

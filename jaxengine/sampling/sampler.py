@@ -24,6 +24,7 @@ from jaxengine.sampling.logprobs import (
     token_logprob,
 )
 from jaxengine.sampling.routes import Logits, Route, apply, is_any_on, routes_of, shortest
+from jaxengine.sampling.tail import left_by, tail_of
 from jaxengine.sampling.transforms import (
     Drawn,
     LogitsTransform,
@@ -213,12 +214,22 @@ def sample(
     every = tuple(each_stage(sampler.stages, state.stages, inside))
     routes = routes_of(every)
     has_shortcuts = has_shortcuts and all(stage.is_on for stage, *_ in every)
+    # All routes or none: a row's token must not depend on the route its step takes.
+    has_tail = sampler.draw.by_blocks is not None and tail_of(routes[0]) is not None
 
     def draw(route: Route, logits: Logits) -> tuple[Sample, SamplerState]:
-        processed = apply(route.parts, logits)
-        token, aux = _selected(sampler.draw, processed, state.draw, outside)
+        tail = tail_of(route) if has_tail else None
+        if tail is None or sampler.draw.by_blocks is None:
+            processed = apply(route.parts, logits)
+            token, aux = _selected(sampler.draw, processed, state.draw, outside)
+            measures = functools.partial(_measures, route, logits, wants)
+        else:
+            left = left_by(tail, logits)
+            processed, aux = left.processed(left.logits), ()
+            token = sampler.draw.by_blocks(left.kept, left.tokens_of, outside)
+            measures = functools.partial(left.measures, logits, wants)
         may_change_nothing = has_shortcuts and route is routes[-1]
-        report = functools.partial(_report, route, logits, wants, may_change_nothing)
+        report = functools.partial(_report, route, wants, may_change_nothing, measures)
         return finish(logits, processed, token, aux, report)
 
     def draw_greedily(has_lists: bool, logits: Logits) -> tuple[Sample, SamplerState]:
@@ -273,30 +284,36 @@ def sample(
 
 
 def _report(
-    route: Route, logits: Logits, wants: Wants, may_change_nothing: bool, token: Int[Array, " B"]
+    route: Route,
+    wants: Wants,
+    may_change_nothing: bool,
+    measures: Callable[[Int[Array, " B"], bool], dict[str, Array]],
+    token: Int[Array, " B"],
 ) -> dict[str, Array]:
-    """The logprobs that are wanted of a token that was drawn on a route.
-
-    What the parts make of the logits is made anew: a branch that took it would have it kept when
-    nobody asks.
-    """
-
-    def changed() -> dict[str, Array]:
-        unfiltered = apply(route.unfiltered, logits)
-        processed = apply(route.rest, unfiltered)
-        sums = functools.partial(block_sums, unfiltered, implementation="reference")
-        lists = listed_if_wanted(wants, unfiltered, sums)
-        return three_measures(token, logits, unfiltered, processed) | lists
-
-    def unchanged() -> dict[str, Array]:
-        sums = block_sums(logits)
-        return one_measure(token, logits, sums) | listed_if_wanted(wants, logits, lambda: sums)
-
-    ways, index = [lambda: no_logprobs(wants), changed], wants.any().astype(jnp.int32)
+    """The logprobs that are wanted of a token that was drawn on a route."""
+    ways = [lambda: no_logprobs(wants), lambda: measures(token, True)]
+    index = wants.any().astype(jnp.int32)
     if may_change_nothing:
-        ways.append(unchanged)
+        ways.append(lambda: measures(token, False))
         index = jnp.where(is_any_on(route.parts), index, 2 * index)
     return jax.lax.switch(index, ways)
+
+
+def _measures(
+    route: Route, logits: Logits, wants: Wants, token: Int[Array, " B"], is_changed: bool
+) -> dict[str, Array]:
+    """The logprobs of a token; what the parts make of the logits, if anything, is made anew.
+
+    A branch that took it would have it kept when nobody asks.
+    """
+    if not is_changed:
+        sums = block_sums(logits)
+        return one_measure(token, logits, sums) | listed_if_wanted(wants, logits, lambda: sums)
+    unfiltered = apply(route.unfiltered, logits)
+    processed = apply(route.rest, unfiltered)
+    sums = functools.partial(block_sums, unfiltered, implementation="reference")
+    lists = listed_if_wanted(wants, unfiltered, sums)
+    return three_measures(token, logits, unfiltered, processed) | lists
 
 
 def _selected(

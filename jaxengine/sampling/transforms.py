@@ -51,6 +51,20 @@ class Drawn(NamedTuple):
     logits: Logits
 
 
+class Filters(NamedTuple):
+    """What the op `filter_threshold` keeps.
+
+    Attributes:
+      top_k: The k most likely tokens pass; below 1 all do.
+      top_p: The smallest set whose probability reaches p passes; from 1 on all do.
+      min_p: Tokens at least this many times as likely as the most likely pass.
+    """
+
+    top_k: Int[Array, "*B"]
+    top_p: Float[Array, "*B"]
+    min_p: Float[Array, "*B"]
+
+
 class LogitsTransform(NamedTuple):
     """A step between the model's logits and the draw. Every function sees the B rows of the step.
 
@@ -67,6 +81,9 @@ class LogitsTransform(NamedTuple):
         are those before the first filter.
       keeps_order: Never changes which token is the most likely, and is cheap, like a temperature:
         it is left out only of steps that are greedy, where `is_on` says so.
+      divisor: ctx -> f32[B], positive, if `apply` is nothing but a division by it. At the end of a
+        chain kernels then divide as they read.
+      filters: ctx -> `Filters`, if `apply` is nothing but these. Likewise.
       stages: The parts of a chain, in order; () for a single transform.
     """
 
@@ -79,6 +96,8 @@ class LogitsTransform(NamedTuple):
     is_on: Callable[[SamplingContext], Bool[Array, "*B"]] | None = None
     is_filter: bool = False
     keeps_order: bool = False
+    divisor: Callable[[SamplingContext], Float[Array, "*B"]] | None = None
+    filters: Callable[[SamplingContext], Filters] | None = None
     stages: tuple["LogitsTransform", ...] = ()
 
 
@@ -192,7 +211,9 @@ def when(
         return select_rows(is_on(ctx), transform.update(state, drawn, ctx), state)
 
     apply.__qualname__ = name_of(transform.apply)
-    return transform._replace(apply=apply, update=update, is_on=is_on, stages=())
+    return transform._replace(
+        apply=apply, update=update, is_on=is_on, divisor=None, filters=None, stages=()
+    )
 
 
 def per_row(transform: LogitsTransform) -> LogitsTransform:
@@ -218,6 +239,8 @@ def per_row(transform: LogitsTransform) -> LogitsTransform:
         init=lifted(transform.init),
         update=lifted(transform.update),
         is_on=transform.is_on and lifted(transform.is_on),
+        divisor=None,
+        filters=None,
         stages=(),
     )
 

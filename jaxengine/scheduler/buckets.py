@@ -74,4 +74,4 @@ class Buckets:
         """
         sizes = self.decode_rows if kind == "decode" else self.prefill_tokens
         fits = [size for size in sizes if size >= needed]
-        return min([size for size in fits if is_ready(kind, size)] or fits)
+        return next((size for size in fits if is_ready(kind, size)), fits[0])

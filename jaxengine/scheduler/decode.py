@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxengine.scheduler.buckets import IsReady
-from jaxengine.scheduler.plan import DecodePlan, DecodeRow, PageWrite
+from jaxengine.scheduler.plan import DecodePlan, PageWrites
 from jaxengine.scheduler.roster import Roster
 from jaxengine.scheduler.sequence import Member, Sequence, Status
 
@@ -30,9 +30,9 @@ def plan_decode(roster: Roster, is_ready: IsReady) -> DecodePlan | None:
     """
     while batch := _decodable(roster):
         steps = _window_steps(roster, batch)
-        while steps > 1 and not _has_pages(roster, batch, steps):
+        while not (has_pages := _has_pages(roster, batch, steps)) and steps > 1:
             steps //= 2
-        if _has_pages(roster, batch, steps):
+        if has_pages:
             return _plan(roster, batch, steps, is_ready)
         idle = [s for s in roster.running if not s.num_in_flight]
         if any(s.num_in_flight for s in batch.sequences) or not idle:
@@ -105,21 +105,17 @@ def _window_steps(roster: Roster, batch: _Batch) -> int:
 
 def _has_pages(roster: Roster, batch: _Batch, steps: int) -> bool:
     missing = batch.pages_after(steps, roster.buckets.page_size) - batch.row_pages
-    return int(missing.clip(0).sum()) <= roster.cache.num_available
+    return int(np.maximum(missing, 0).sum()) <= roster.cache.num_available
 
 
 def _plan(roster: Roster, batch: _Batch, steps: int, is_ready: IsReady) -> DecodePlan:
     page_size = roster.buckets.page_size
     pages = np.maximum(batch.row_pages, batch.pages_after(steps, page_size))
-    writes: list[PageWrite] = []
+    writes = PageWrites.none()
     for i in np.flatnonzero(pages > batch.row_pages).tolist():
         roster.grow(batch.members[i], int(pages[i]) * page_size)
-        writes += batch.members[i].take_page_writes()
-    rows = [
-        DecodeRow(member.request.seq_id, member.held_slot, sequence.request.sampler_id, i)
-        for sequence in batch.sequences
-        for i, member in enumerate(sequence.members)
-    ]
+        batch.members[i].write_pages(writes)
+    rows = [member.held_row for member in batch.members]
     for sequence, left in zip(batch.sequences, batch.num_left, strict=True):
         sequence.num_scheduled += min(steps, left)
     num_rows = roster.buckets.size("decode", len(rows), is_ready)

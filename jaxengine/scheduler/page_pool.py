@@ -32,9 +32,9 @@ class PagePool:
 
     def free(self, pages: list[int]) -> None:
         """Gives pages back."""
-        for page in pages:
-            assert page in self._used, f"page {page} is freed, but nobody holds it"
-            self._used.remove(page)
+        foreign = set() if self._used.issuperset(pages) else {*pages} - self._used
+        assert not foreign, f"page {min(foreign)} is freed, but nobody holds it"
+        self._used.difference_update(pages)
         self._free.extend(pages)
 
     def check_integrity(self, owned: list[list[int]]) -> None:

@@ -27,12 +27,27 @@ class NewRow(NamedTuple):
     output_ids: tuple[int, ...]
 
 
-class PageWrite(NamedTuple):
-    """`page_table[slot, index] = page`."""
+class PageWrites(NamedTuple):
+    """`page_table[slots[i], indices[i]] = pages[i]`, all numbers of a plan side by side.
 
-    slot: int
-    index: int
-    page: int
+    A window writes hundreds; as an object each they would be most of what Python's garbage
+    collector has to look at.
+    """
+
+    slots: list[int]
+    indices: list[int]
+    pages: list[int]
+
+    @classmethod
+    def none(cls) -> "PageWrites":
+        """To begin with."""
+        return cls([], [], [])
+
+    def add(self, slot: int, first: int, pages: list[int]) -> None:
+        """Pages of one slot, from index `first` on."""
+        self.slots.extend([slot] * len(pages))
+        self.indices.extend(range(first, first + len(pages)))
+        self.pages.extend(pages)
 
 
 class PrefillRow(NamedTuple):
@@ -76,7 +91,7 @@ class PrefillPlan:
     num_tokens: int
     rows: list[PrefillRow]
     new_rows: list[NewRow] = field(default_factory=list)
-    page_writes: list[PageWrite] = field(default_factory=list)
+    page_writes: PageWrites = field(default_factory=PageWrites.none)
 
     @property
     def seq_ids(self) -> list[int]:
@@ -120,7 +135,7 @@ class DecodePlan:
     num_rows: int
     num_steps: int
     rows: list[DecodeRow]
-    page_writes: list[PageWrite] = field(default_factory=list)
+    page_writes: PageWrites = field(default_factory=PageWrites.none)
 
     @property
     def seq_ids(self) -> list[int]:
@@ -147,8 +162,10 @@ class StepResult(NamedTuple):
       prompt_leaves: What there is of prompt tokens, by name: for each row of a prefill an array
         [tokens of the chunk, ...], to be read where the row's `targets` are not -1, hidden states
         where its `states` say.
+      weights_id: Which parameters the step used.
     """
 
     token_ids: np.ndarray
     leaves: Mapping[str, np.ndarray] = {}
     prompt_leaves: Mapping[str, list[np.ndarray]] = {}
+    weights_id: int = 0

@@ -69,7 +69,11 @@ class WaitingQueue:
 
     def push(self, sequence: Sequence) -> None:
         """Lets a sequence wait; one that was preempted stands where it stood before."""
-        insort(self._sequences, sequence, key=self._policy.rank)
+        rank = self._policy.rank
+        if not self._sequences or rank(self._sequences[-1]) < rank(sequence):
+            self._sequences.append(sequence)
+        else:
+            insort(self._sequences, sequence, key=rank)
 
     def remove(self, sequence: Sequence) -> None:
         """Lets a sequence go: it runs now, or has ended."""

@@ -1,8 +1,8 @@
 """Plans prefills: whose prompts, in which chunks, packed into one call."""
 
 from jaxengine.scheduler.buckets import IsReady
-from jaxengine.scheduler.plan import NewRow, PageWrite, PrefillPlan, PrefillRow
-from jaxengine.scheduler.prefix_cache import Match, Prefix
+from jaxengine.scheduler.plan import NewRow, PageWrites, PrefillPlan, PrefillRow
+from jaxengine.scheduler.prefix_cache import Key, Match
 from jaxengine.scheduler.roster import Roster
 from jaxengine.scheduler.sequence import Member, Sequence, Status
 
@@ -29,8 +29,8 @@ class PrefillDraft:
         self._rows: list[PrefillRow] = []
         self._placed: list[tuple[Sequence, Member]] = []
         self._new_rows: list[NewRow] = []
-        self._page_writes: list[PageWrite] = []
-        self._computing: set[tuple[Prefix, bytes]] = set()
+        self._page_writes = PageWrites.none()
+        self._computing: set[Key] = set()
 
     def plan(self, is_ready: IsReady) -> PrefillPlan | None:
         """Takes in the rest of running prompts, then those who wait; None if there is nobody."""
@@ -104,7 +104,7 @@ class PrefillDraft:
             outputs = tuple(sequence.output_ids)
             self._new_rows.append(NewRow(member.held_slot, member.request, outputs))
             member.is_filled = True
-        self._page_writes += member.take_page_writes()
+        member.write_pages(self._page_writes)
         start = member.num_prefilled
         member.num_prefilled += count
         self._budget -= count

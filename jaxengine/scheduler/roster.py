@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from jaxengine.scheduler.buckets import Buckets
 from jaxengine.scheduler.page_pool import PagePool
+from jaxengine.scheduler.plan import DecodeRow
 from jaxengine.scheduler.policy import Policy, WaitingQueue
 from jaxengine.scheduler.prefix_cache import Match, PrefixCache
 from jaxengine.scheduler.sequence import Member, Sequence, Status
@@ -145,9 +146,11 @@ class Roster:
             self.cache.hold(match.prefix)
             member.prefix, member.pages, member.num_table = match.prefix, match.pages, 0
             member.num_prefilled = len(match.pages) * self.buckets.page_size
-        for member in sequence.members:
+        sampler_id = sequence.request.sampler_id
+        for i, member in enumerate(sequence.members):
             if member.slot is None:
                 member.slot = self._free_slots.pop()
+            member.row = DecodeRow(member.request.seq_id, member.slot, sampler_id, i)
             self.grow(member, sequence.prefill_len(member))
         if not sequence.was_started:
             sequence.was_started = True

@@ -19,7 +19,14 @@ from jaxengine.scheduler.prefill import STREAM_CHUNK_TOKENS, PrefillDraft
 from jaxengine.scheduler.roster import Roster, SchedulerStats
 from jaxengine.scheduler.sequence import Sequence, Status
 from jaxengine.scheduler.urgency import make_room
-from jaxengine.types import DRAW_ERRORS, HIDDEN, SequenceRequest, SequenceUpdate, StopReason
+from jaxengine.types import (
+    CAPTURES,
+    DRAW_ERRORS,
+    HIDDEN,
+    SequenceRequest,
+    SequenceUpdate,
+    StopReason,
+)
 
 MAX_PREFILLS_IN_A_ROW = 32
 """After so many a window runs, so that prompts that never cease starve nobody who decodes."""
@@ -151,6 +158,7 @@ class Scheduler:
         if isinstance(plan, DecodePlan):
             self.stats.num_masked_row_steps += token_ids.size - sum(num_drawn)
         rows = zip(plan.rows, token_ids.tolist(), num_drawn, strict=True)
+        always = [n for n in result.leaves if n == HIDDEN or n.startswith(CAPTURES)]
         updates = []
         for i, (row, drawn, count) in enumerate(rows):
             sequence = self._sequences.get(row.seq_id)
@@ -158,9 +166,13 @@ class Scheduler:
                 continue
             sequence.num_in_flight -= 1
             if row.seq_id == sequence.seq_id:
+                del drawn[count:]
+                names = result.leaves if sequence.request.wants_logprobs else always
+                leaves = {name: result.leaves[name][i] for name in names}
                 prompt_leaves = _prompt_leaves(plan, result, i, sequence)
-                leaves = {name: leaf[i] for name, leaf in result.leaves.items()}
-                update = self._take(sequence, drawn[:count], leaves, prompt_leaves, num_steps)
+                update = self._take(
+                    sequence, drawn, leaves, prompt_leaves, num_steps, result.weights_id
+                )
                 if update is not None:
                     updates.append(update)
         return updates
@@ -218,6 +230,7 @@ class Scheduler:
         leaves: Mapping[str, np.ndarray],
         prompt_leaves: Mapping[str, np.ndarray],
         num_steps: int,
+        weights_id: int,
     ) -> SequenceUpdate | None:
         request = sequence.request
         finish, error = _ending(request, len(sequence.output_ids), drawn)
@@ -231,16 +244,16 @@ class Scheduler:
             for name, leaf in leaves.items()
         }
         new = drawn if request.max_new_tokens else []
-        sequence.output_ids += new
+        sequence.output_ids.fromlist(new)
         self.stats.num_generated_tokens += len(new)
         if request.feeds_last and not is_last_fed:
             sequence.ending, finish = finish, None
         if finish or error:
             self.finish(sequence.seq_id)
-            return sequence.last_update(new, kept, prompt_leaves, finish, error)
+            return sequence.last_update(new, kept, prompt_leaves, finish, error, weights_id)
         if not new and not prompt_leaves:
             return None
-        return SequenceUpdate(sequence.seq_id, new, kept, prompt_leaves)
+        return SequenceUpdate(sequence.seq_id, new, kept, prompt_leaves, weights_id=weights_id)
 
     def _fail(self, sequence: Sequence, error: Exception) -> SequenceUpdate:
         self.finish(sequence.seq_id)

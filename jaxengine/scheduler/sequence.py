@@ -1,5 +1,6 @@
 """One sample of one prompt while it lives in the engine: counters, pages, tokens."""
 
+from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxengine.scheduler.plan import PageWrite
+from jaxengine.scheduler.plan import DecodeRow, PageWrites
 from jaxengine.scheduler.prefix_cache import Prefix
 from jaxengine.types import SequenceRequest, SequenceUpdate, StopReason
 
@@ -28,6 +29,7 @@ class Member:
     Attributes:
       request: The leader's request, or a companion's.
       slot: Its row on the device; kept while preempted, with all that is in it.
+      row: What stands for it in decode windows; of one that was started.
       is_filled: The slot has been filled for this member, or is in a step under way.
       pages: KV pages in the order of the text.
       num_table: How many of them are in the slot's page table.
@@ -37,6 +39,7 @@ class Member:
 
     request: SequenceRequest
     slot: int | None = None
+    row: DecodeRow | None = None
     is_filled: bool = False
     pages: list[int] = field(default_factory=list)
     num_table: int = 0
@@ -49,11 +52,16 @@ class Member:
         assert self.slot is not None, f"sequence {self.request.seq_id} was never started"
         return self.slot
 
-    def take_page_writes(self) -> list[PageWrite]:
-        """What its page table lacks."""
-        first, self.num_table = self.num_table, len(self.pages)
-        slot = self.held_slot
-        return [PageWrite(slot, i, self.pages[i]) for i in range(first, self.num_table)]
+    @property
+    def held_row(self) -> DecodeRow:
+        """`row`, of a member that was started."""
+        assert self.row is not None, f"sequence {self.request.seq_id} was never started"
+        return self.row
+
+    def write_pages(self, writes: PageWrites) -> None:
+        """Adds what its page table lacks."""
+        writes.add(self.held_slot, self.num_table, self.pages[self.num_table :])
+        self.num_table = len(self.pages)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -69,7 +77,7 @@ class Sequence:
       arrival: How many sequences came before.
       members: Itself, then its companions, which have other prompts and the same output.
       status: Where it stands.
-      output_ids: Tokens the host knows.
+      output_ids: Tokens the host knows, int32.
       num_scheduled: Upper bound of generated tokens after all steps in flight.
       num_in_flight: Rows dispatched and not yet committed.
       num_retractions: How often it was preempted.
@@ -87,7 +95,7 @@ class Sequence:
     arrival: int = 0
     members: list[Member] = field(init=False)
     status: Status = Status.WAITING
-    output_ids: list[int] = field(default_factory=list)
+    output_ids: array = field(default_factory=lambda: array("i"))
     num_scheduled: int = 0
     num_in_flight: int = 0
     num_retractions: int = 0
@@ -146,7 +154,7 @@ class Sequence:
         prompt = member.request.prompt_ids
         if not self.output_ids:
             return prompt
-        return np.concatenate([prompt, np.asarray(self.output_ids, np.int32)])
+        return np.concatenate([prompt, np.frombuffer(self.output_ids, np.int32)])
 
     def prefill_len(self, member: Member) -> int:
         """Tokens to compute before it can decode: the text, but for its last token where that is
@@ -209,15 +217,9 @@ class Sequence:
         prompt_leaves: Mapping[str, np.ndarray] = {},
         finish: StopReason | None = None,
         error: Exception | None = None,
+        weights_id: int = 0,
     ) -> SequenceUpdate:
         """The update that ends it."""
-        return SequenceUpdate(
-            self.seq_id,
-            [*token_ids],
-            leaves,
-            prompt_leaves,
-            finish,
-            error,
-            cached_tokens=self.cached_tokens,
-            num_retractions=self.num_retractions,
-        )
+        counts = self.cached_tokens, self.num_retractions
+        new = [*token_ids], leaves, prompt_leaves
+        return SequenceUpdate(self.seq_id, *new, finish, error, *counts, weights_id)

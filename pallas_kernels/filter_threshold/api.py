@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, paging
 from pallas_kernels.filter_threshold import reference, triton
+from pallas_kernels.vocab_blocks import BlockSums
 
 IMPLEMENTATIONS = {
     "reference": reference.filter_threshold,
@@ -20,15 +21,16 @@ def filter_threshold(
     top_k: Int[Array, " B"],
     top_p: Float[Array, " B"],
     min_p: Float[Array, " B"],
+    sums: BlockSums | None = None,
     *,
     implementation: dispatch.Implementation | None = None,
 ) -> Float[Array, " B"]:
     """Finds the threshold of each row: what passes all three filters is at least as large.
 
-    Each filter judges the whole distribution softmax(logits). Tokens equal to a threshold are
-    kept. Where probabilities are summed, implementations may differ by rounding: by a token whose
-    cumulative probability is within 1e-5 of top_p. The result of a row does not depend on the
-    other rows.
+    Each filter judges the whole distribution softmax(logits / temperature). Tokens equal to a
+    threshold are kept. Where probabilities are summed, implementations may differ by rounding: by
+    a token whose cumulative probability is within 1e-5 of top_p. The result of a row does not
+    depend on the other rows.
 
     Args:
       logits: -inf marks removed tokens. A row with NaN has any threshold.
@@ -36,8 +38,12 @@ def filter_threshold(
       top_p: The smallest set of the most likely tokens whose probability reaches p passes; from
         1 on all do.
       min_p: Tokens at least `min_p` times as likely as the most likely pass; in [0, 1].
+      sums: Those of the logits' blocks, and their temperature, where they are known; else it is 1.
       implementation: "reference", "triton" or "triton_interpret"; None takes the best one for
         the current backend.
+
+    Returns:
+      A logit of each row, before its temperature; -inf where all tokens pass.
 
     Raises:
       ValueError: Shapes or dtypes do not fit together.
@@ -51,5 +57,5 @@ def filter_threshold(
         if value.shape != rows or value.dtype != jnp.float32:
             raise ValueError(f"`{name}` must be float32{rows}. Got {value.dtype}{value.shape}.")
     return dispatch.call(
-        "filter_threshold", IMPLEMENTATIONS, implementation, logits, top_k, top_p, min_p
+        "filter_threshold", IMPLEMENTATIONS, implementation, logits, top_k, top_p, min_p, sums
     )

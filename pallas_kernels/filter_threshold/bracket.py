@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.triton_math import order_of_float
+from pallas_kernels.triton_math import inverse_of, order_of_float
 from pallas_kernels.vocab_blocks import BLOCK, LOWEST
 
 LOWEST_ORDER = int(np.float32(LOWEST).view(np.int32)) ^ 0x7FFFFFFF
@@ -17,6 +17,7 @@ LOWEST_ORDER = int(np.float32(LOWEST).view(np.int32)) ^ 0x7FFFFFFF
 
 _PIECE = 8  # tokens of one memory sector, the unit of a sample
 _FEW = 16  # sampled tokens above a threshold, below which an estimate is not trusted
+_TRIED = 8  # thresholds that a round of a search tries at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,23 +31,28 @@ class TuningConfig:
       max_found: Tokens that a bracket may hold; a power of two. Each split has its share of it.
       sample_pieces: Runs of 8 tokens in the sample; a power of two.
       few_blocks: Share of the blocks up to which no sample is taken.
-      num_halvings: Steps of the searches over block maxima and sample.
+      num_rounds: Rounds of the searches over block maxima and sample, each for three to four bits.
       num_errors: Standard errors between an estimate and its bound.
       guess_warps: Warps of a program that guesses.
-      collect_warps: Warps of a program that collects.
+      collect_warps: Warps of a program that collects; one alone waits for no other.
       finish_warps: Warps of a program that finishes.
     """
 
-    tile_blocks: int = 8
-    num_splits: int = 16
+    tile_blocks: int = 4
+    num_splits: int = 32
     max_found: int = 16384
     sample_pieces: int = 512
     few_blocks: float = 0.25
-    num_halvings: int = 10
+    num_rounds: int = 3
     num_errors: float = 4.0
-    guess_warps: int = 4
-    collect_warps: int = 4
+    guess_warps: int = 8
+    collect_warps: int = 1
     finish_warps: int = 16
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a split may find."""
+        return self.max_found // self.num_splits
 
 
 class Row(NamedTuple):
@@ -56,10 +62,11 @@ class Row(NamedTuple):
       index: Of the row.
       is_searched: Whether top-k or top-p is on; False for NaN, which the draw reports.
       top_k: Tokens that suffice; 0 where top-k is off.
-      mass: Sum of exp(logit - max) that suffices; infinite where top-p is off.
+      mass: Sum of weights that suffices; infinite where top-p is off.
       max: The largest logit.
-      highest: A bound above it, as `order_of_float`.
-      total: Sum of exp(logit - max).
+      inverse: Of the temperature.
+      highest: A bound above the largest logit, as `order_of_float`.
+      total: Sum of weights.
       vocab_size: Tokens.
       blocks: Index of every block, padded to a power of two.
       tops: Maximum of every block; -inf in the padding.
@@ -70,6 +77,7 @@ class Row(NamedTuple):
     top_k: jax.Array
     mass: jax.Array
     max: jax.Array
+    inverse: jax.Array
     highest: jax.Array
     total: jax.Array
     vocab_size: int
@@ -82,7 +90,7 @@ class Row(NamedTuple):
 
     def weights(self, logits: jax.Array) -> jax.Array:
         """Probabilities, but for the norm."""
-        return jnp.exp(logits - self.max)
+        return jnp.exp((logits - self.max) * self.inverse)
 
 
 def all_sum(x: jax.Array) -> jax.Array:
@@ -97,7 +105,7 @@ def num_true(mask: jax.Array) -> jax.Array:
     return all_sum(mask.astype(jnp.int32))
 
 
-def load_row(tops_ref, sums_ref, top_k_ref, top_p_ref, vocab_size: int) -> Row:
+def load_row(tops_ref, sums_ref, inverses_ref, top_k_ref, top_p_ref, vocab_size: int) -> Row:
     """Reads what is known of this program's row."""
     index = pl.program_id(0)
     num_blocks = tops_ref.shape[1]
@@ -105,8 +113,8 @@ def load_row(tops_ref, sums_ref, top_k_ref, top_p_ref, vocab_size: int) -> Row:
     is_block = blocks < num_blocks
     tops = pltriton.load(tops_ref.at[index, blocks], mask=is_block, other=-jnp.inf)
     sums = pltriton.load(sums_ref.at[index, blocks], mask=is_block, other=0.0)
-    top = tops.max(axis=0)
-    total = (sums * jnp.exp(tops - top)).sum(axis=0)
+    top, inverse = tops.max(axis=0), inverse_of(inverses_ref, index)
+    total = (sums * jnp.exp((tops - top) * inverse)).sum(axis=0)
     top_k, top_p = top_k_ref[index], top_p_ref[index]
     has_k, has_p = (top_k >= 1) & (top_k < vocab_size), top_p < 1
     return Row(
@@ -115,6 +123,7 @@ def load_row(tops_ref, sums_ref, top_k_ref, top_p_ref, vocab_size: int) -> Row:
         top_k=jnp.where(has_k, top_k, 0),
         mass=jnp.where(has_p, top_p * total, jnp.inf),
         max=top,
+        inverse=inverse,
         highest=order_of_float(top) + 1,
         total=total,
         vocab_size=vocab_size,
@@ -126,7 +135,7 @@ def load_row(tops_ref, sums_ref, top_k_ref, top_p_ref, vocab_size: int) -> Row:
 def guess(row: Row, logits_ref, config: TuningConfig) -> tuple[jax.Array, jax.Array]:
     """Bounds [low, high) of the threshold that are almost surely right, as `order_of_float`."""
     low, is_bounded = _from_blocks(row, config)
-    if row.vocab_size <= config.max_found // config.num_splits:
+    if row.vocab_size <= config.capacity:
         return order_of_float(jnp.where(is_bounded, low, LOWEST)), row.highest
     is_few = num_true(row.tops >= low) <= int(config.few_blocks * logits_ref.shape[1] / BLOCK)
     low, high = jax.lax.cond(
@@ -137,27 +146,50 @@ def guess(row: Row, logits_ref, config: TuningConfig) -> tuple[jax.Array, jax.Ar
     return order_of_float(low), order_of_float(high) + 1
 
 
+class _Interval(NamedTuple):
+    """Where a search goes on: a condition holds at `low`, or nowhere, and not at `high`."""
+
+    low: jax.Array
+    high: jax.Array
+
+    def tried(self, shares: jax.Array) -> jax.Array:
+        """Thresholds inside, by their shares of the way."""
+        return self.low * (1 - shares) + self.high * shares
+
+    def narrowed(self, thresholds: jax.Array, holds: jax.Array) -> "_Interval":
+        """The interval after a round of trying."""
+        return _Interval(
+            jnp.maximum(self.low, jnp.where(holds, thresholds, self.low).max(axis=0)),
+            jnp.minimum(self.high, jnp.where(holds, self.high, thresholds).min(axis=0)),
+        )
+
+
+def _above(x: jax.Array, weights: jax.Array, thresholds: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many are at or above each threshold, and the weight of those below."""
+    # Thresholds along the first axis, which stays inside a thread.
+    is_above = x[None, :] >= thresholds[:, None]
+    below = jnp.where(is_above, 0.0, weights[None, :]).sum(axis=1)
+    return is_above.astype(jnp.int32).sum(axis=1), below
+
+
 def _from_blocks(row: Row, config: TuningConfig) -> tuple[jax.Array, jax.Array]:
     """A threshold that the block maxima alone are enough for, and whether there is one."""
     weights = row.weights(row.tops)
+    total = weights.sum(axis=0)
+    shares = (jnp.arange(_TRIED).astype(jnp.float32) + 1) / (_TRIED + 1)
 
-    def halve(_: jax.Array, bounds: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        low, high, is_bounded = bounds
-        middle = 0.5 * low + 0.5 * high
-        is_above = row.tops >= middle
-        is_low = row.is_enough(num_true(is_above), all_sum(jnp.where(is_above, weights, 0.0)))
-        return (
-            jnp.where(is_low, middle, low),
-            jnp.where(is_low, high, middle),
-            jnp.where(is_low, 1, is_bounded),
-        )
+    def try_some(_: jax.Array, carry: tuple[_Interval, jax.Array]) -> tuple[_Interval, jax.Array]:
+        interval, is_bounded = carry
+        thresholds = interval.tried(shares)
+        count, below = _above(row.tops, weights, thresholds)
+        holds = row.is_enough(count, total - below)
+        return interval.narrowed(thresholds, holds), is_bounded + num_true(holds)
 
     lowest = jnp.where(row.tops > LOWEST, row.tops, row.max).min(axis=0)
-    num_halvings = row.is_searched.astype(jnp.int32) * config.num_halvings
-    low, _, is_bounded = jax.lax.fori_loop(
-        jnp.int32(0), num_halvings, halve, (lowest, row.max, jnp.int32(0))
-    )
-    return low, is_bounded > 0
+    num_rounds = row.is_searched.astype(jnp.int32) * config.num_rounds
+    start = _Interval(lowest, row.max), jnp.int32(0)
+    interval, is_bounded = jax.lax.fori_loop(jnp.int32(0), num_rounds, try_some, start)
+    return interval.low, is_bounded > 0
 
 
 def _from_sample(row: Row, logits_ref, config: TuningConfig) -> tuple[jax.Array, jax.Array]:
@@ -167,38 +199,43 @@ def _from_sample(row: Row, logits_ref, config: TuningConfig) -> tuple[jax.Array,
     sample = pltriton.load(logits_ref.at[row.index, index], mask=is_token, other=-jnp.inf)
     weights = row.weights(sample)
     share = row.vocab_size / size
+    # Half of the thresholds for either bound, and none twice in the first round.
+    place = jnp.arange(_TRIED).astype(jnp.float32)
+    is_for_low = place < _TRIED // 2
+    to_low, to_high = (place + 1) / (_TRIED // 2 + 1), (place - _TRIED // 2 + 0.5) / (_TRIED // 2)
 
-    def is_enough(t: jax.Array, sign: float) -> jax.Array:
-        is_above = sample >= t
-        count = num_true(is_above).astype(jnp.float32)
-        below = jnp.where(is_above, 0.0, weights)
+    def try_some(
+        _: jax.Array, carry: tuple[_Interval, _Interval, jax.Array]
+    ) -> tuple[_Interval, _Interval, jax.Array]:
+        sure, possible, is_bounded = carry
+        t = jnp.where(is_for_low, sure.tried(to_low), possible.tried(to_high))
+        num_above, below = _above(sample, weights, t)
+        count, weight = num_above.astype(jnp.float32), row.weights(t)
         # As if one more token were at the threshold: what was seen never is not impossible.
         count_error = jnp.sqrt(count + 1.0)
-        mass_error = jnp.sqrt(all_sum(below * below) + jnp.square(row.weights(t)))
-        off = sign * config.num_errors
-        count_bound = share * (count + off * count_error)
-        mass_bound = row.total - share * (all_sum(below) - off * mass_error)
-        has_k = (row.top_k > 0) & (count_bound >= row.top_k.astype(jnp.float32))
-        is_known = (count >= _FEW) | (sign > 0)
-        return is_known & (has_k | (mass_bound >= row.mass))
+        # The squares below add up to no more than their sum by the largest of them.
+        mass_error = jnp.sqrt(weight * (below + weight))
 
-    def halve(_: jax.Array, bounds: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        surely, rather, perhaps, hardly, is_bounded = bounds
-        t, u = 0.5 * surely + 0.5 * rather, 0.5 * perhaps + 0.5 * hardly
-        is_sure, is_possible = is_enough(t, -1.0), is_enough(u, 1.0)
+        def is_enough(sign: float) -> jax.Array:
+            off = sign * config.num_errors
+            count_bound = share * (count + off * count_error)
+            mass_bound = row.total - share * (below - off * mass_error)
+            has_k = (row.top_k > 0) & (count_bound >= row.top_k.astype(jnp.float32))
+            is_known = (count >= _FEW) | (sign > 0)
+            return is_known & (has_k | (mass_bound >= row.mass))
+
+        is_sure, is_possible = is_enough(-1.0), is_enough(1.0)
         return (
-            jnp.where(is_sure, t, surely),
-            jnp.where(is_sure, rather, t),
-            jnp.where(is_possible, u, perhaps),
-            jnp.where(is_possible, hardly, u),
-            jnp.where(is_sure, 1, is_bounded),
+            sure.narrowed(t, is_sure),
+            possible.narrowed(t, is_possible),
+            is_bounded + num_true(is_sure),
         )
 
-    lowest = jnp.where(sample > -jnp.inf, sample, row.max).min(axis=1).min(axis=0)
-    start = (lowest, row.max, lowest, row.max, jnp.int32(0))
-    low, _, _, high, is_bounded = jax.lax.fori_loop(0, config.num_halvings, halve, start)
-    low = jnp.where(is_bounded > 0, low, LOWEST)
-    return low, jnp.maximum(low, high)
+    lowest = jnp.where(sample > -jnp.inf, sample, row.max).min(axis=0)
+    start = _Interval(lowest, row.max), _Interval(lowest, row.max), jnp.int32(0)
+    sure, possible, is_bounded = jax.lax.fori_loop(0, config.num_rounds, try_some, start)
+    low = jnp.where(is_bounded > 0, sure.low, LOWEST)
+    return low, jnp.maximum(low, possible.high)
 
 
 def _sample_places(vocab_size: int, num_pieces: int) -> tuple[jax.Array, int]:
@@ -206,9 +243,9 @@ def _sample_places(vocab_size: int, num_pieces: int) -> tuple[jax.Array, int]:
     num_blocks = -(-vocab_size // BLOCK)
 
     def places(xp):
-        piece = xp.arange(num_pieces, dtype=xp.int32)
+        token = xp.arange(num_pieces * _PIECE, dtype=xp.int32)
+        piece = token // _PIECE
         block = piece * num_blocks // num_pieces
-        return block * BLOCK + piece * 5 % (BLOCK // _PIECE) * _PIECE
+        return block * BLOCK + piece * 5 % (BLOCK // _PIECE) * _PIECE + token % _PIECE
 
-    size = np.count_nonzero(places(np)[:, None] + np.arange(_PIECE) < vocab_size)
-    return places(jnp)[:, None] + jnp.arange(_PIECE)[None, :], int(size)
+    return places(jnp), int(np.count_nonzero(places(np) < vocab_size))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from pallas_kernels.threshold_search import largest_threshold, ordered, unordered
+from pallas_kernels.vocab_blocks import BlockSums
 
 
 @jax.jit
@@ -13,13 +14,16 @@ def filter_threshold(
     top_k: Int[Array, " B"],
     top_p: Float[Array, " B"],
     min_p: Float[Array, " B"],
+    sums: BlockSums | None = None,
 ) -> Float[Array, " B"]:
     """Tries the threshold bit by bit, each a pass over the logits; no pass where min-p is all."""
     top = logits.max(axis=-1)
+    temperature = None if sums is None else sums.temperature
+    temperature = jnp.float32(1) if temperature is None else temperature
     has_k, has_p = (top_k >= 1) & (top_k < logits.shape[-1]), top_p < 1
 
     def searched(logits: Float[Array, "B V"]) -> Float[Array, " B"]:
-        weights = jnp.exp(logits - top[:, None])
+        weights = jnp.exp(((logits - top[:, None]).T / temperature).T)
         mass = top_p * weights.sum(axis=-1)
         keys = ordered(logits)
 
@@ -35,4 +39,4 @@ def filter_threshold(
     by_search = jax.lax.cond(
         (has_k | has_p).any(), searched, lambda _: jnp.full_like(top, -jnp.inf), logits
     )
-    return jnp.maximum(by_search, top + jnp.log(min_p))
+    return jnp.maximum(by_search, top + temperature * jnp.log(min_p))

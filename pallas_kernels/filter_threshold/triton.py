@@ -35,8 +35,14 @@ from pallas_kernels.filter_threshold.bracket import (
     load_row,
     num_true,
 )
-from pallas_kernels.triton_math import float_of_order
-from pallas_kernels.vocab_blocks import BLOCK, block_sums
+from pallas_kernels.filter_threshold.collect import (
+    Counts,
+    collect,
+    collect_kernel,
+    store_active,
+)
+from pallas_kernels.triton_math import float_of_order, inverses
+from pallas_kernels.vocab_blocks import BLOCK, BlockSums, block_sums
 
 MAX_BLOCKS = 4096
 """Blocks of a row whose maxima one program holds at once."""
@@ -69,28 +75,14 @@ class _Search(NamedTuple):
     num_passes: jax.Array
 
 
-class _Counts(NamedTuple):
-    """What a pass over (a part of) the active blocks found.
-
-    Attributes:
-      above: Tokens above the bracket.
-      mass_above: Their mass.
-      found: Tokens inside.
-      mass_found: Their mass.
-    """
-
-    above: jax.Array
-    mass_above: jax.Array
-    found: jax.Array
-    mass_found: jax.Array
-
-
 def _guess_kernel(
     logits_ref,  # [B, V]
     tops_ref,  # [B, blocks]
     sums_ref,  # [B, blocks]
+    inverses_ref,  # [B] or [1], of the temperatures
     top_k_ref,  # [B]
     top_p_ref,  # [B]
+    top_ref,  # [B], the largest logits
     low_ref,  # [B]
     high_ref,  # [B]
     ids_ref,  # [B, blocks], the active blocks
@@ -98,119 +90,18 @@ def _guess_kernel(
     *,
     config: TuningConfig,
 ):
-    row = load_row(tops_ref, sums_ref, top_k_ref, top_p_ref, logits_ref.shape[1])
+    row = load_row(tops_ref, sums_ref, inverses_ref, top_k_ref, top_p_ref, logits_ref.shape[1])
     low, high = guess(row, logits_ref, config)
-    low_ref[row.index], high_ref[row.index] = low, high
-    active = _store_active(row, float_of_order(low), ids_ref)
+    top_ref[row.index], low_ref[row.index], high_ref[row.index] = row.max, low, high
+    active = store_active(row, float_of_order(low), ids_ref)
     num_active_ref[row.index] = jnp.where(row.is_searched, active, 0)
-
-
-def _store_active(row: Row, low: jax.Array, ids_ref) -> jax.Array:
-    """Writes the blocks that have a token from `low` up, and returns how many they are."""
-    is_active = row.tops >= low
-    place = jnp.cumsum(is_active.astype(jnp.int32)) - 1
-    # What is not stored points past the end: in the interpreter it would else undo what is.
-    place = jnp.where(is_active, place, ids_ref.shape[1])
-    pltriton.store(ids_ref.at[row.index, place], row.blocks, mask=is_active)
-    return num_true(is_active)
-
-
-def _collect_kernel(
-    logits_ref,  # [B, V]
-    tops_ref,  # [B], the largest logits
-    low_ref,  # [B]
-    high_ref,  # [B]
-    ids_ref,  # [B, blocks]
-    num_active_ref,  # [B]
-    above_ref,  # [B, splits]
-    mass_above_ref,  # [B, splits]
-    num_found_ref,  # [B, splits]
-    mass_found_ref,  # [B, splits]
-    found_ref,  # [B, max_found], a part for each split
-    *,
-    config: TuningConfig,
-):
-    row, split = pl.program_id(0), pl.program_id(1)
-    counts = _collect(
-        row,
-        (float_of_order(low_ref[row]), float_of_order(high_ref[row]), tops_ref[row]),
-        (logits_ref, ids_ref, found_ref),
-        num_active_ref[row],
-        (split, config.num_splits),
-        config,
-    )
-    above_ref[row, split], mass_above_ref[row, split] = counts.above, counts.mass_above
-    num_found_ref[row, split], mass_found_ref[row, split] = counts.found, counts.mass_found
-
-
-def _collect(
-    row: jax.Array,
-    bounds: tuple[jax.Array, jax.Array, jax.Array],
-    refs,
-    num_active: jax.Array,
-    share: tuple[jax.Array | int, int],
-    config: TuningConfig,
-) -> _Counts:
-    """Counts tokens and writes those of the bracket, in one pass over the active blocks.
-
-    Args:
-      row: Its index.
-      bounds: low, high, and the largest logit.
-      refs: The logits, the active blocks' ids, and where tokens are written.
-      num_active: Active blocks.
-      share: (i, n), every n-th tile from the i-th; tokens go to the i-th of n parts.
-      config: Tile parameters.
-    """
-    low, high, top = bounds
-    logits_ref, ids_ref, found_ref = refs
-    part, num_parts = share
-    capacity = config.max_found // num_parts
-    lane = jnp.arange(BLOCK)[None, :]
-
-    def load(i: jax.Array) -> jax.Array:
-        slot = (part + i * num_parts) * config.tile_blocks + jnp.arange(config.tile_blocks)
-        is_here = slot < num_active
-        block = pltriton.load(ids_ref.at[row, slot], mask=is_here, other=0)
-        index = block[:, None] * BLOCK + lane
-        is_token = is_here[:, None] & (index < logits_ref.shape[1])
-        return pltriton.load(logits_ref.at[row, index], mask=is_token, other=-jnp.inf)
-
-    def scan_tile(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        x, num_found, above, mass_above, mass_found = carry
-        following = load(i + 1)
-        weights = jnp.exp(x - top)
-        is_above = x >= high
-        is_found = (x >= low) & ~is_above
-        within = jnp.cumsum(is_found.astype(jnp.int32), axis=1)
-        totals = is_found.astype(jnp.int32).sum(axis=1)
-        before = num_found + jnp.cumsum(totals) - totals
-        place = before[:, None] + within - 1
-        is_stored = is_found & (place < capacity)
-        place = jnp.where(is_stored, part * capacity + place, config.max_found)
-        pltriton.store(found_ref.at[row, place], x, mask=is_stored)
-        return (
-            following,
-            num_found + totals.sum(axis=0),
-            above + is_above.astype(jnp.int32),
-            mass_above + jnp.where(is_above, weights, 0.0),
-            mass_found + jnp.where(is_found, weights, 0.0),
-        )
-
-    shape = (config.tile_blocks, BLOCK)
-    zeros = jnp.zeros(shape, jnp.float32)
-    start = (load(jnp.int32(0)), jnp.int32(0), jnp.zeros(shape, jnp.int32), zeros, zeros)
-    num_tiles = pl.cdiv(num_active, config.tile_blocks)
-    rounds = jax.lax.div(num_tiles - part + num_parts - 1, jnp.int32(num_parts))
-    _, found, above, mass_above, mass_found = jax.lax.fori_loop(
-        jnp.int32(0), rounds, scan_tile, start
-    )
-    return _Counts(all_sum(above), all_sum(mass_above), found, all_sum(mass_found))
 
 
 def _finish_kernel(
     logits_ref,  # [B, V]
     tops_ref,  # [B, blocks]
     sums_ref,  # [B, blocks]
+    inverses_ref,  # [B] or [1], of the temperatures
     top_k_ref,  # [B]
     top_p_ref,  # [B]
     min_p_ref,  # [B]
@@ -228,16 +119,18 @@ def _finish_kernel(
     config: TuningConfig,
     interpret: bool,
 ):
-    row = load_row(tops_ref, sums_ref, top_k_ref, top_p_ref, logits_ref.shape[1])
+    row = load_row(tops_ref, sums_ref, inverses_ref, top_k_ref, top_p_ref, logits_ref.shape[1])
     barrier = (lambda: None) if interpret else pltriton.debug_barrier
 
     def look_again(search: _Search) -> _Search:
         low, high = float_of_order(search.low), float_of_order(search.high)
         barrier()  # an earlier pass may still be reading
-        num_active = _store_active(row, low, ids_ref)
+        num_active = store_active(row, low, ids_ref)
         barrier()
         refs = (logits_ref, ids_ref, refound_ref)
-        counts = _collect(row.index, (low, high, row.max), refs, num_active, (0, 1), config)
+        counts = collect(
+            row.index, (low, high), (row.max, row.inverse), refs, num_active, (0, 1), config
+        )
         barrier()
         return _judged(row, search, counts, counts.found <= config.max_found)
 
@@ -246,7 +139,8 @@ def _finish_kernel(
         pltriton.load(ref.at[row.index, splits])
         for ref in (above_ref, mass_above_ref, num_found_ref, mass_found_ref)
     ]
-    fits = parts[2].max(axis=0) <= config.max_found // config.num_splits
+    most = parts[2].max(axis=0)
+    fits = most <= config.capacity
     start = _Search(
         proved_low=jnp.int32(LOWEST_ORDER),
         proved_high=row.highest,
@@ -258,27 +152,38 @@ def _finish_kernel(
         is_open=jnp.int32(0),
         num_passes=jnp.int32(-1),
     )
-    search = _judged(row, start, _Counts(*(part.sum(axis=0) for part in parts)), fits)
+    search = _judged(row, start, Counts(*(part.sum(axis=0) for part in parts)), fits)
     search = jax.lax.while_loop(
         lambda search: row.is_searched & (search.is_open > 0), look_again, search
     )
-    place = jnp.arange(config.max_found)
-    is_found = place < search.num_found
     is_again = search.num_passes > 0
-    again = pltriton.load(
-        refound_ref.at[row.index, place], mask=is_found & is_again, other=-jnp.inf
+
+    def found(width: int) -> jax.Array:
+        place = jnp.arange(config.num_splits * width)
+        split, inside = place // width, place % width
+        is_found = inside < pltriton.load(num_found_ref.at[row.index, split])
+        return pltriton.load(
+            found_ref.at[row.index, split * config.capacity + inside],
+            mask=is_found & ~is_again,
+            other=-jnp.inf,
+        )
+
+    def among_many() -> jax.Array:
+        place = jnp.arange(config.max_found)
+        mask = (place < search.num_found) & is_again
+        again = pltriton.load(refound_ref.at[row.index, place], mask=mask, other=-jnp.inf)
+        return _threshold(row, search, jnp.maximum(found(config.capacity), again))
+
+    few = config.capacity // 4
+    threshold = jax.lax.cond(
+        is_again | (most > few), among_many, lambda: _threshold(row, search, found(few))
     )
-    first = pltriton.load(
-        found_ref.at[row.index, _place_in_parts(place, row.index, num_found_ref, config)],
-        mask=is_found & ~is_again,
-        other=-jnp.inf,
-    )
-    found = _threshold(row, search, jnp.maximum(first, again))
-    found = jnp.where(row.is_searched, found, -jnp.inf)
-    out_ref[row.index] = jnp.maximum(found, row.max + jnp.log(min_p_ref[row.index]))
+    threshold = jnp.where(row.is_searched, threshold, -jnp.inf)
+    by_min_p = row.max + jnp.log(min_p_ref[row.index]) / row.inverse
+    out_ref[row.index] = jnp.maximum(threshold, by_min_p)
 
 
-def _judged(row: Row, search: _Search, counts: _Counts, fits: jax.Array) -> _Search:
+def _judged(row: Row, search: _Search, counts: Counts, fits: jax.Array) -> _Search:
     """What a pass over the bracket proves, and where the next one looks if there is to be one."""
     is_low = (search.low <= search.proved_low) | row.is_enough(
         counts.above + counts.found, counts.mass_above + counts.mass_found
@@ -301,19 +206,6 @@ def _judged(row: Row, search: _Search, counts: _Counts, fits: jax.Array) -> _Sea
         is_open=(~is_found).astype(jnp.int32),
         num_passes=search.num_passes + 1,
     )
-
-
-def _place_in_parts(
-    place: jax.Array, row: jax.Array, num_found_ref, config: TuningConfig
-) -> jax.Array:
-    """Where the tokens lie that the splits wrote, each to a part of its own."""
-    capacity = config.max_found // config.num_splits
-    start, inside = jnp.int32(0), place
-    for split in range(config.num_splits):
-        start = start + jnp.minimum(num_found_ref[row, split], capacity)
-        is_past = place >= start
-        inside = jnp.where(is_past, (split + 1) * capacity + place - start, inside)
-    return jnp.minimum(inside, config.max_found - 1)
 
 
 def _threshold(row: Row, search: _Search, found: jax.Array) -> jax.Array:
@@ -351,6 +243,7 @@ def filter_threshold(
     top_k: Int[Array, " B"],
     top_p: Float[Array, " B"],
     min_p: Float[Array, " B"],
+    sums: BlockSums | None = None,
     *,
     config: TuningConfig | None = None,
     interpret: bool = False,
@@ -358,6 +251,11 @@ def filter_threshold(
     """Finds the threshold of each row; see `api.filter_threshold`.
 
     Args:
+      logits: Of each row.
+      top_k: As in the op.
+      top_p: As in the op.
+      min_p: As in the op.
+      sums: Of the blocks; None has XLA fuse them with what computes the logits.
       config: Tile parameters; None takes the defaults.
       interpret: Run in the Pallas interpreter, on any backend.
     """
@@ -379,27 +277,29 @@ def filter_threshold(
                 bytes_accessed=int(4 * passes * logits.size),
             ),
             interpret=interpret,
-            name=f"filter_threshold{kernel.func.__name__.removesuffix('_kernel')}",
+            name=f"filter_threshold_{kernel.func.__name__.strip('_').removesuffix('_kernel')}",
         )(*args)
 
     rows, splits, ints, floats = (num_rows,), (num_rows, config.num_splits), jnp.int32, jnp.float32
     blocks, found = ((num_rows, num_blocks), ints), ((num_rows, config.max_found), floats)
-    sums = block_sums(logits, implementation="reference")
-    low, high, ids, num_active = call(
+    if sums is None:
+        sums = block_sums(logits, implementation="reference")
+    scale = inverses(sums.temperature)
+    top, low, high, ids, num_active = call(
         functools.partial(_guess_kernel, config=config),
         rows,
         config.guess_warps,
         0.1,
-        [(rows, ints), (rows, ints), blocks, (rows, ints)],
-        *(logits, sums.max, sums.sum, top_k, top_p),
+        [(rows, floats), (rows, ints), (rows, ints), blocks, (rows, ints)],
+        *(logits, sums.max, sums.sum, scale, top_k, top_p),
     )
     counts = call(
-        functools.partial(_collect_kernel, config=config),
+        functools.partial(collect_kernel, config=config),
         splits,
         config.collect_warps,
         1,
         [(splits, ints), (splits, floats), (splits, ints), (splits, floats), found],
-        *(logits, sums.max.max(axis=-1), low, high, ids, num_active),
+        *(logits, top, scale, low, high, ids, num_active),
     )
     threshold, *_ = call(
         functools.partial(_finish_kernel, config=config, interpret=interpret),
@@ -407,6 +307,6 @@ def filter_threshold(
         config.finish_warps,
         0.1,
         [(rows, floats), blocks, found],
-        *(logits, sums.max, sums.sum, top_k, top_p, min_p, low, high, *counts),
+        *(logits, sums.max, sums.sum, scale, top_k, top_p, min_p, low, high, *counts),
     )
     return threshold

@@ -19,21 +19,33 @@ class BlockSums(NamedTuple):
 
     Attributes:
       max: The largest logit, at least `LOWEST`; NaN if there is one.
-      sum: Of exp(logit - max).
+      sum: Of exp((logit - max) / temperature).
+      temperature: Of each row, positive; None is 1. What lies in memory is divided as it is read.
     """
 
     max: Float[Array, "B blocks"]
     sum: Float[Array, "B blocks"]
+    temperature: Float[Array, " B"] | None = None
+
+    def tempered(self, x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+        """Logits of the rows, divided by their temperatures."""
+        if self.temperature is None:
+            return x
+        return x / self.temperature.reshape(-1, *(1,) * (x.ndim - 1))
 
     @property
     def log(self) -> Float[Array, "B blocks"]:
-        """The logarithm of each block's sum of exp(logit)."""
-        return self.max + jnp.log(self.sum)
+        """The logarithm of each block's sum of exp(logit / temperature)."""
+        return self.tempered(self.max) + jnp.log(self.sum)
 
     @property
     def log_total(self) -> Float[Array, " B"]:
-        """The logarithm of each row's sum of exp(logit)."""
-        return jax.nn.logsumexp(self.max, b=self.sum, axis=-1)
+        """The logarithm of each row's sum of exp(logit / temperature)."""
+        return jax.nn.logsumexp(self.tempered(self.max), b=self.sum, axis=-1)
+
+    def logprob(self, x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+        """Log-probabilities of tokens of the rows, by their logits."""
+        return self.tempered(x) - self.log_total.reshape(-1, *(1,) * (x.ndim - 1))
 
     def argmax(self, x: Float[Array, "B V"]) -> Int[Array, " B"]:
         """The first of the largest logits of each row `x` whose sums these are; NaN is largest."""

@@ -12,11 +12,22 @@ from jaxtyping import Array, Float
 from pallas_kernels.vocab_blocks.blocks import LOWEST, BlockSums, in_blocks
 
 
-def block_sums(x: Float[Array, "B V"]) -> BlockSums:
+def block_sums(x: Float[Array, "B V"], temperature: Float[Array, " B"] | None = None) -> BlockSums:
     """Maximum and sum of exponentials of every block; see `api.block_sums`."""
-    top, total = _sums(in_blocks(x), 2)
+    blocks = in_blocks(x)
+    if temperature is None:
+        top, total = _sums(blocks, 2)
+    else:
+        top = jnp.maximum(blocks.max(axis=2), LOWEST)
+        tempered = (blocks - top[:, :, None]) / temperature[:, None, None]
+        total = jnp.exp(tempered).sum(axis=2)
     # XLA's maximum on a CPU loses NaN; the sum does not.
-    return BlockSums(jnp.where(jnp.isnan(total), jnp.nan, top), total)
+    return BlockSums(jnp.where(jnp.isnan(total), jnp.nan, top), total, temperature)
+
+
+def kept_sums(x: Float[Array, "B V"], sums: BlockSums, lowest: Float[Array, " B"]) -> BlockSums:
+    """Maximum and sum of what is left from `lowest` up; see `api.kept_sums`."""
+    return block_sums(jnp.where(x < lowest[:, None], -jnp.inf, x), sums.temperature)
 
 
 def logsumexp(*arrays: Float[Array, "*B V"]) -> tuple[Float[Array, "*B"], ...]:

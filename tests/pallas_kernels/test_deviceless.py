@@ -21,9 +21,8 @@ from pallas_kernels.rotate_and_write import arg_specs as write_specs
 from pallas_kernels.rotate_and_write.api import rotate_and_write
 from pallas_kernels.top_k import arg_specs as top_k_specs
 from pallas_kernels.top_k.api import top_k
-from pallas_kernels.vocab_blocks import arg_specs as block_specs
 from pallas_kernels.vocab_blocks import reference as blocks_by_xla
-from pallas_kernels.vocab_blocks.api import block_sums
+from pallas_kernels.vocab_blocks.api import block_sums, kept_sums
 from tests import deviceless
 
 pytestmark = pytest.mark.deviceless
@@ -183,21 +182,23 @@ def test_kernels_of_equal_layers_are_traced_and_compiled_once():
 
 @pytest.mark.parametrize("target", ["h200", "a100"])
 def test_kernels_of_the_sampler_compile(target: str):
-    """Of the filters' threshold, the largest entries, the block sums: shapes of a batch of 256."""
+    """Of the largest entries, and what a draw needs: shapes of a batch of 256."""
     (filters,) = (spec for spec in filter_specs.ARG_SPECS if spec.name == "flat-top-p-b256")
     (tops,) = (spec for spec in top_k_specs.ARG_SPECS if spec.name == "block-maxima-b256")
 
-    (logits,) = (spec for spec in block_specs.ARG_SPECS if spec.name == "qwen-b256")
-
-    def all_of_them(tops: jax.Array, logits: jax.Array, *args: jax.Array) -> Any:
+    def all_of_them(
+        tops: jax.Array, temperature: jax.Array, logits: jax.Array, *settings: jax.Array
+    ) -> Any:
         largest = top_k(tops, count=20, implementation="triton")
-        sums = block_sums(logits, implementation="triton")
-        return largest, sums, filter_threshold(*args, implementation="triton")
+        sums = block_sums(logits, temperature, implementation="triton")
+        lowest = filter_threshold(logits, *settings, sums, implementation="triton")
+        return largest, kept_sums(logits, sums, lowest, implementation="triton")
 
-    shapes = (tops.shape(), logits.shape(), *filters.shapes())
+    logits, *settings = filters.shapes()
+    shapes = (tops.shape(), settings[1], logits, *settings)
     args = (deviceless.arg(x.shape, x.dtype, target) for x in shapes)
     compiled = deviceless.compile_for(target, all_of_them, *args)
-    assert str(compiled.as_text()).count(TRITON_CALL) == 2 + 3
+    assert str(compiled.as_text()).count(TRITON_CALL) == 3 + 3
     assert not deviceless.large_copies(compiled)
 
 

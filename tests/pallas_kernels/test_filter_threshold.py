@@ -1,5 +1,6 @@
 """One suite for every backend of the filters' threshold."""
 
+import functools
 import inspect
 import secrets
 
@@ -11,6 +12,7 @@ import pytest
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.filter_threshold import api, triton
 from pallas_kernels.filter_threshold.arg_specs import ARG_SPECS, ArgSpec
+from pallas_kernels.vocab_blocks import block_sums
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 
@@ -26,10 +28,11 @@ def spec_named(name: str) -> ArgSpec:
 
 
 def must_and_may_keep(
-    logits: np.ndarray, top_k: int, top_p: float, min_p: float
+    logits: np.ndarray, top_k: int, top_p: float, min_p: float, temperature: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """By a sort in float64: what has to be kept, and what rounding may keep beside it."""
-    order = np.sort(logits.astype(np.float64))[::-1]
+    logits = logits.astype(np.float64) / temperature
+    order = np.sort(logits)[::-1]
     weights = np.exp(order - order[0])
     cumulative = np.cumsum(weights) / weights.sum()
     by_k = order[top_k - 1] if 1 <= top_k < len(order) else -np.inf
@@ -45,9 +48,12 @@ def must_and_may_keep(
     return is_left & (logits >= lowest(ROUNDING)), ~is_left | (logits >= lowest(-ROUNDING))
 
 
-def assert_right(args: tuple[jax.Array, ...], thresholds: jax.Array):
+def assert_right(
+    args: tuple[jax.Array, ...], thresholds: jax.Array, temperature: np.ndarray | None = None
+):
+    temperature = np.ones(len(args[0])) if temperature is None else temperature
     for row, threshold in enumerate(np.asarray(thresholds)):
-        logits, *settings = (np.asarray(x)[row] for x in args)
+        logits, *settings = (np.asarray(x)[row] for x in (*args, temperature))
         must, may = must_and_may_keep(logits, *(x.item() for x in settings))
         kept = ~(logits < threshold)
         assert not (must & ~kept).any(), f"row {row}, {settings}: too few"
@@ -78,6 +84,32 @@ def interpreted(args: tuple[jax.Array, ...]) -> jax.Array:
 def test_interpreted_triton_keeps_what_a_sort_keeps(seed: int):
     args = spec_named("corners-5000").arrays(seed)
     assert_right(args, interpreted(args))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton_interpret"])
+def test_filters_judge_what_a_temperature_makes_of_the_logits(
+    implementation: Implementation, seed: int
+):
+    assert_right_with_temperature(implementation, "corners-5000", seed)
+
+
+def assert_right_with_temperature(implementation: Implementation, name: str, seed: int):
+    args = spec_named(name).arrays(seed)
+    rng = np.random.default_rng(seed)
+    temperature = rng.choice(np.float32([0.1, 0.7, 1.6, 5.0]), len(args[0]))
+    sums = block_sums(args[0], jnp.asarray(temperature), implementation="reference")
+    op = api.filter_threshold
+    if implementation == "triton_interpret":
+        op = functools.partial(triton.filter_threshold, config=TINY, interpret=True)
+    else:
+        op = functools.partial(op, implementation=implementation)
+    assert_right(args, op(*args, sums), temperature)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["corners-5000", "corners-151936"])
+def test_triton_judges_what_a_temperature_makes_of_the_logits(name: str, seed: int):
+    assert_right_with_temperature("triton", name, seed)
 
 
 def test_a_row_does_not_depend_on_the_others(seed: int):

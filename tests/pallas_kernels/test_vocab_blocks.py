@@ -77,6 +77,58 @@ def test_nan_stays_in_its_block_and_is_the_largest(op: Op, seed: int):
     np.testing.assert_array_equal(sums.argmax(jnp.asarray(x)), x.argmax(axis=-1))
 
 
+@pytest.fixture(params=["passes", "triton_interpret"])
+def ops(request: pytest.FixtureRequest) -> tuple[Op, Op]:
+    """Both ops, one way of computing them."""
+    how = "reference" if request.param == "passes" else request.param
+    return (
+        functools.partial(vocab_blocks.block_sums, implementation=how),
+        functools.partial(vocab_blocks.kept_sums, implementation=how),
+    )
+
+
+def check_tempered_and_kept(ops: tuple[Op, Op], spec: ArgSpec, seed: int) -> None:
+    x = np.asarray(spec.array(seed))
+    rng = np.random.default_rng(seed)
+    temperature = rng.choice([0.05, 0.7, 1.0, 1.9, 30.0], len(x)).astype(np.float32)
+    # Of a token each, but for a row that keeps all and one that keeps its largest alone.
+    lowest = x[np.arange(len(x)), rng.integers(0, x.shape[1], len(x))]
+    lowest[0], lowest[-1] = x[0].max(), -np.inf
+    sums = ops[0](jnp.asarray(x), jnp.asarray(temperature))
+    kept = ops[1](jnp.asarray(x), sums, jnp.asarray(lowest))
+    left = np.where(x < lowest[:, None], -np.inf, x)
+    for got, array in ((sums, x), (kept, left)):
+        blocks = np.pad(array, ((0, 0), (0, -x.shape[1] % BLOCK)), constant_values=-np.inf)
+        blocks = blocks.reshape(len(x), -1, BLOCK)
+        top = np.maximum(blocks.max(axis=-1), LOWEST)
+        tempered = blocks.astype(np.float64) / temperature[:, None, None]
+        np.testing.assert_array_equal(got.max, top)
+        np.testing.assert_allclose(got.log, log_sum_exp(tempered), rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.name)
+def test_sums_have_a_temperature_and_may_lose_tokens(ops: tuple[Op, Op], spec: ArgSpec, seed: int):
+    check_tempered_and_kept(ops, spec, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda spec: spec.name)
+def test_the_kernels_have_a_temperature_and_may_lose_tokens(spec: ArgSpec, seed: int):
+    how = dict(implementation="triton")
+    ops = (functools.partial(op, **how) for op in (vocab_blocks.block_sums, vocab_blocks.kept_sums))
+    check_tempered_and_kept((*ops,), spec, seed)
+
+
+def test_what_filters_leave_of_nan_is_nan(ops: tuple[Op, Op], seed: int):
+    x = np.asarray(ODD.array(seed)).copy()
+    x[0, 200] = np.nan
+    for lowest in (-np.inf, 1.0, np.nan):
+        at = jnp.full(len(x), lowest, jnp.float32)
+        kept = ops[1](jnp.asarray(x), ops[0](jnp.asarray(x)), at)
+        assert np.argwhere(np.isnan(np.asarray(kept.log))).tolist() == [[0, 1]]
+        assert np.argwhere(np.isnan(np.asarray(kept.max))).tolist() == [[0, 1]]
+
+
 def test_several_arrays_are_reduced_together(way: None, seed: int):
     x = np.asarray(ODD.array(seed))
     got = vocab_blocks.logsumexp(jnp.asarray(x), jnp.asarray(x / 2), jnp.asarray(x[::-1]))

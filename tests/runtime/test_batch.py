@@ -17,7 +17,7 @@ from jaxengine.scheduler.plan import (
     DecodePlan,
     DecodeRow,
     NewRow,
-    PageWrite,
+    PageWrites,
     PrefillPlan,
     PrefillRow,
 )
@@ -86,15 +86,15 @@ def garbage_table(num_slots: int = BUCKETS.num_slots, layout: TableLayout = SLOT
 # Packing
 
 
-SIZES = {"a": 3, "b": 0, "c": 1, "d": 7}
+SIZES = {"a": 3, "b": 0, "slot_ids": 1, "targets": 7}
 INT32 = st.integers(-(2**31), 2**31 - 1)
 
 
 @given(st.fixed_dictionaries({k: st.lists(INT32, max_size=n) for k, n in SIZES.items()}))
 @settings(deadline=None)
 def test_pack_and_unpack_are_inverse(values: dict[str, list[int]]):
-    packing, fill = Packing(SIZES), {"c": 5, "d": -1}
-    packed = packing.pack(fill, {name: np.asarray(v, np.int32) for name, v in values.items()})
+    packing, fill = Packing(SIZES), {"slot_ids": DROPPED, "targets": -1}
+    packed = packing.pack(values)
     assert packed.dtype == np.int32 and len(packed) == packing.size == 11
     wanted = {k: v + [fill.get(k, 0)] * (SIZES[k] - len(v)) for k, v in values.items()}
     assert unpack(packing, packed) == wanted
@@ -114,7 +114,7 @@ def test_prefill_is_packed():
         chunk(2, 8, 4, draws=False),
         chunk(7, 1, 1),
         new_rows=[new_row(5), new_row(7, output_ids=(1, 2))],
-        page_writes=[PageWrite(5, 0, 33), PageWrite(2, 1, 44)],
+        page_writes=PageWrites([5, 2], [0, 1], [33, 44]),
     )
     edits = batch.slot_edits(SLOTS, plan.new_rows, plan.page_writes)
     seats = batch.seat_edits(SEATS, plan.new_rows)
@@ -134,7 +134,7 @@ def test_prefill_is_packed():
     assert np.count_nonzero(table[2] != -9) == 1
     wanted = SLOTS.default_row.copy()
     cells, values = SLOTS.cells(7, slot_values(new_row(7, output_ids=(1, 2))))
-    wanted[cells - 7 * SLOTS.width] = values
+    wanted[np.asarray(cells) - 7 * SLOTS.width] = values
     assert table[7].tolist() == wanted.tolist()
     table = apply(garbage_table(layout=SEATS), got, SEATS, "seat_")
     temperature = SEATS.read(jnp.asarray(table), "temperature")
@@ -154,7 +154,7 @@ def test_prefill_may_fill_its_bucket():
 
 
 def test_decode_is_packed():
-    plan = decode_plan(6, 0, 3, page_writes=[PageWrite(0, 2, 9)])
+    plan = decode_plan(6, 0, 3, page_writes=PageWrites([0], [2], [9]))
     edits = batch.slot_edits(SLOTS, [], plan.page_writes)
     packed = batch.pack_decode(plan, BUCKETS, 4, edits)
     got = unpack(batch.decode_packing(BUCKETS, 4), packed)
@@ -169,17 +169,21 @@ def test_decode_is_packed():
 @pytest.mark.parametrize("num_rows", BUCKETS.decode_rows)
 def test_decode_has_room_for_all_pages_of_a_window(num_rows: int):
     # A window of 32 that starts on the last place of a page of 16 takes two pages more.
-    writes = [PageWrite(slot, i, 1 + i) for slot in range(num_rows) for i in range(2)]
+    writes = PageWrites.none()
+    for slot in range(num_rows):
+        writes.add(slot, 3, [1, 2])
     edits = batch.slot_edits(SLOTS, [], writes)
     assert batch.fits(batch.decode_packing(BUCKETS, num_rows), edits)
 
 
 def test_what_overflows_does_not_fit():
     packing = batch.decode_packing(BUCKETS, 1)
-    writes = [PageWrite(0, i, 1 + i) for i in range(BUCKETS.page_writes(1) + 1)]
+    writes = PageWrites.none()
+    writes.add(0, 0, [*range(BUCKETS.page_writes(1) + 1)])
     assert not batch.fits(packing, batch.slot_edits(SLOTS, [], writes))
     assert batch.fits(packing, batch.NO_EDITS)
-    assert not batch.fits(packing, batch.slot_edits(SLOTS, [new_row(0)], []))  # no resets
+    no_resets = batch.slot_edits(SLOTS, [new_row(0)], PageWrites.none())
+    assert not batch.fits(packing, no_resets)
     seats = batch.seat_edits(SEATS, [new_row(slot, num_biases=300) for slot in range(8)])
     assert not batch.fits(batch.prefill_packing(BUCKETS, 32), seats, "seat_")
 
@@ -232,14 +236,14 @@ def test_edits_in_pieces_give_the_same_table():
     edits = batch.seat_edits(SEATS, rows)
     assert len(edits.resets) > batch.EDIT_ROWS and len(edits.cells) > 3 * batch.EDIT_CELLS
     garbage = garbage_table(num_slots, SEATS)
-    whole = apply(garbage, {k: v.tolist() for k, v in edits._asdict().items()}, SEATS)
+    whole = apply(garbage, {k: list(v) for k, v in edits._asdict().items()}, SEATS)
     pieces = garbage
     for piece in batch.split_edits(edits):
         pieces = apply(pieces, unpack(batch.edit_packing(), piece), SEATS)
     assert np.array_equal(pieces, whole)
     for slot in (0, num_slots - 1):
         cells, values = SEATS.cells(slot, sampler_values(SEATS, rows[slot]))
-        assert whole.reshape(-1)[cells].tolist() == values.tolist()
+        assert whole.reshape(-1)[cells].tolist() == values
 
 
 def test_resets_come_before_any_cell():
@@ -254,4 +258,4 @@ def test_resets_come_before_any_cell():
 
 def test_no_edits_take_no_program():
     assert batch.split_edits(batch.NO_EDITS) == []
-    assert [len(part) for part in batch.slot_edits(SLOTS, [], [])] == [0, 0, 0]
+    assert [len(part) for part in batch.slot_edits(SLOTS, [], PageWrites.none())] == [0, 0, 0]

@@ -136,6 +136,19 @@ def test_every_layer_calls_the_kernel_and_none_gathers_a_sequence(step):
     assert longest <= size * CONFIG.hidden_size, "more than the embeddings was gathered"
 
 
+def test_temperature_and_filters_write_nothing_of_the_logits_size(step):
+    """On their routes kernels take the model's logits as they lie."""
+    (kind, size), program, _ = step
+    if kind != "decode":
+        pytest.skip("a prefill has as many rows as prompts may end in it")
+    lines = (program.as_text() or "").splitlines()
+    on_routes = [x for x in lines if re.search(r"/sample/cond/branch_[12]_fun/", x)]
+    assert any("/block_kept/" in x for x in on_routes)
+    # Inside of a fusion anything may have this shape: it lies in registers.
+    is_made = rf"  %?\S+ = \(?f32\[{size},{CONFIG.vocab_size}\]\S* (fusion|copy|custom-call)\("
+    assert not [x for x in on_routes if re.match(is_made, x)]
+
+
 def test_a_decode_window_is_one_command_buffer(step):
     (kind, _), _, dump = step
     if kind != "decode":

@@ -27,6 +27,7 @@ PARAMS = {
     "top_k": Param("int32", -1),
     "bias_ids": Param("int32", (), shape=(6,), pad=-1),
     "bias_values": Param("float32", (), shape=(6,)),
+    "words": Param("int32", None, shape=(2,), pad=-1),
     "matrix": Param("float32", ((1, 2, 3), (4, 5, 6)), shape=(2, 3)),
 }
 SLOTS = slot_layout(pages_per_sequence=5)
@@ -88,6 +89,7 @@ def test_default_row_reads_as_defaults():
     table = np.tile(PARAM_TABLE.default_row, (NUM_SLOTS, 1))
     assert read(table, 2, "temperature") == 1.0 and read(table, 2, "top_k") == -1
     assert read(table, 2, "bias_ids").tolist() == [-1] * 6
+    assert read(table, 2, "words").tolist() == [-1, -1]
     assert read(table, 2, "matrix").tolist() == [[1, 2, 3], [4, 5, 6]]
     table = np.tile(SLOTS.default_row, (NUM_SLOTS, 1))
     assert read(table, 2, "stop_token_ids").tolist() == [-1] * MAX_STOP_TOKEN_IDS

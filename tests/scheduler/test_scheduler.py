@@ -218,8 +218,8 @@ def test_the_last_token_takes_no_page(prompt_len: int, max_new_tokens: int, num_
     driver = Driver(make_buckets())
     driver.add(make_request(0, prompt_len, max_new_tokens))
     driver.run()
-    writes = [write for plan in driver.runner.plans for write in plan.page_writes]
-    assert len(writes) == num_pages
+    pages = [page for plan in driver.runner.plans for page in plan.page_writes.pages]
+    assert len(pages) == num_pages
 
 
 def test_more_requests_than_slots_run_in_order():
@@ -266,8 +266,9 @@ def test_preempted_sequence_keeps_its_slot_and_is_prefilled_without_drawing():
     assert row.slot == first.rows[1].slot and not row.draws
     assert first.new_rows and again.new_rows == []
     # It brings the whole page table, and computes no page that is still cached.
-    assert [write.index for write in again.page_writes] == list(range(len(again.page_writes)))
-    assert row.start % 4 == 0 and row.start + len(row.token_ids) <= 4 * len(again.page_writes)
+    _, indices, pages = again.page_writes
+    assert indices == list(range(len(pages)))
+    assert row.start % 4 == 0 and row.start + len(row.token_ids) <= 4 * len(pages)
 
 
 def test_what_is_in_flight_is_read_before_anyone_is_preempted():
@@ -281,7 +282,7 @@ def test_what_is_in_flight_is_read_before_anyone_is_preempted():
 def test_prefill_after_preemption_leaves_out_the_last_token():
     sequence = Sequence(request=make_request(0, 4, 9))
     assert sequence.prefill_len(sequence.leader) == 4
-    sequence.output_ids = [7, 8, 9]
+    sequence.output_ids.extend([7, 8, 9])
     assert sequence.prefill_len(sequence.leader) == 6
     text = sequence.text(sequence.leader)
     assert text.tolist() == [*sequence.request.prompt_ids, 7, 8, 9] and text.dtype == np.int32

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from jaxengine.sampling.builtin.common import (
     LARGEST,
@@ -13,7 +13,7 @@ from jaxengine.sampling.builtin.common import (
     scatter_ids,
 )
 from jaxengine.sampling.context import SamplingContext
-from jaxengine.sampling.transforms import Logits, LogitsTransform, State, when
+from jaxengine.sampling.transforms import Filters, Logits, LogitsTransform, State, when
 from jaxengine.types import Param
 from pallas_kernels.filter_threshold import filter_threshold
 
@@ -104,14 +104,17 @@ def temperature() -> LogitsTransform:
     """Divides by the temperature; 0 leaves the logits as they are, for the draw to be greedy."""
 
     def apply(logits: Logits, state: State, ctx: SamplingContext) -> Logits:
-        return logits / jnp.where(ctx.temperature == 0, 1.0, ctx.temperature)[:, None]
+        return logits / divisor(ctx)[:, None]
+
+    def divisor(ctx: SamplingContext) -> Float[Array, " B"]:
+        return jnp.where(ctx.temperature == 0, 1.0, ctx.temperature)
 
     def is_on(ctx: SamplingContext) -> Bool[Array, " B"]:
         return (ctx.temperature != 0) & (ctx.temperature != 1) & ctx.active
 
     check = number_in(0.0, LARGEST, "must be a non-negative finite number")
     params = {"temperature": Param("float32", 1.0, check)}
-    return LogitsTransform(apply, params=params, is_on=is_on, keeps_order=True)
+    return LogitsTransform(apply, params=params, is_on=is_on, keeps_order=True, divisor=divisor)
 
 
 def top_k_top_p_min_p() -> LogitsTransform:
@@ -131,9 +134,17 @@ def top_k_top_p_min_p() -> LogitsTransform:
     def apply(logits: Logits, state: State, ctx: SamplingContext) -> Logits:
         # Not behind a condition: its operand would be a copy of the logits, and the op itself does
         # little for rows without a filter.
-        lowest = filter_threshold(logits, ctx.top_k, ctx.top_p, ctx.min_p)
+        lowest = filter_threshold(logits, *filters(ctx))
         # NaN stays, for the draw to report it.
         return jnp.where(logits < lowest[:, None], -jnp.inf, logits)
+
+    def filters(ctx: SamplingContext) -> Filters:
+        # Rows that draw nothing cost nothing.
+        return Filters(
+            jnp.where(ctx.active, ctx.top_k, -1),
+            jnp.where(ctx.active, ctx.top_p, 1.0),
+            jnp.where(ctx.active, ctx.min_p, 0.0),
+        )
 
     positive = number_in(SMALLEST, 1.0, "must be a number in (0, 1]")
     params = {
@@ -141,7 +152,8 @@ def top_k_top_p_min_p() -> LogitsTransform:
         "top_p": Param("float32", 1.0, positive),
         "min_p": Param("float32", 0.0, number_in(0.0, 1.0, "must be a number in [0, 1]")),
     }
-    return when(is_filtered, LogitsTransform(apply, params=params, is_filter=True))
+    transform = LogitsTransform(apply, params=params, is_filter=True)
+    return when(is_filtered, transform)._replace(filters=filters)
 
 
 def _top_k_check(value: Any) -> str | None:

@@ -80,18 +80,19 @@ def check_request(params: Any, input_ids: Any, model: ModelConfig) -> None:
     Raises:
       RequestError: Says what is wrong with it.
     """
+    from jaxengine.params import ParamsParser
     from jaxengine.requests import parse_call
     from jaxengine.sampling import default_sampler
 
+    # Of a tokenizer only whether there is one counts here.
+    specs = default_sampler().params
+    parser = ParamsParser(specs, vocab_size=model.vocab_size, tokenizer=True)
     try:
         parse_call(
             {"sampling_params": params, "input_ids": input_ids},
-            specs=default_sampler().params,
-            vocab_size=model.vocab_size,
+            parser=parser,
             hidden_size=model.hidden_size,
             max_top_logprobs=0,
-            # Only whether there is one counts here.
-            tokenizer=True,
         )
     except TypeError as error:
         raise RequestError(str(error)) from error
