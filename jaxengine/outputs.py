@@ -55,7 +55,7 @@ class SequenceOutput:
         self._detokenizer = detokenizer
         self._watches_text = has_stop_strings or request.is_streaming
         self._weight_versions = weight_versions
-        self._weights_ids: list[tuple[int, int]] = []
+        self._weights_ids: tuple[tuple[int, int], ...] = ()
         self._returns_errors = returns_errors
         self._hidden = hidden
         self._stream_interval = stream_interval
@@ -65,7 +65,7 @@ class SequenceOutput:
         self._ending: StopReason | None = None
         self._ids: list[int] = []
         self._reports = Reports(request, decode)
-        self._undecoded: list[int] = []
+        self._num_decoded = 0
         self._delta_text = ""
         self._was_answered = False
         self._started = time.perf_counter()
@@ -91,7 +91,6 @@ class SequenceOutput:
         self._ids += update.token_ids
         self._note_weights(update)
         self._reports.push(update)
-        self._undecoded += update.token_ids
         return self._read_text(update.finish)
 
     def _is_due(self) -> bool:
@@ -139,8 +138,8 @@ class SequenceOutput:
         if text is None or not (self._watches_text or finish):
             return finish
         is_stop_token = finish is not None and finish.type == "stop"
-        self._delta_text += text.push(self._undecoded, is_stopped=is_stop_token)
-        self._undecoded = []
+        self._delta_text += text.push(self._ids[self._num_decoded :], is_stopped=is_stop_token)
+        self._num_decoded = len(self._ids)
         if text.matched is not None:
             # Tokens drawn after the match are dropped: the user sees what step-by-step would give.
             del self._ids[text.num_tokens :]
@@ -155,7 +154,7 @@ class SequenceOutput:
         if update.token_ids:
             if not self._weights_ids or self._weights_ids[-1][0] != update.weights_id:
                 first = len(self._ids) - len(update.token_ids)
-                self._weights_ids.append((update.weights_id, first))
+                self._weights_ids += ((update.weights_id, first),)
 
     def _weight_version(self) -> str:
         """Of the last token; the engine's where there is none."""

@@ -221,7 +221,9 @@ def _as_dict(raw: Any, known: set[str], place: str) -> dict[str, Any]:
         raise RequestError(f"`sampling_params`{place} {what}")
     # The second is SGLang's name.
     for source in ("custom", "custom_params"):
-        custom = given.pop(source, None) or {}
+        custom = given.pop(source, None)
+        if not custom:
+            continue
         if not isinstance(custom, Mapping):
             raise RequestError(f"`{source}`{place} must be a dict, got {show(custom)}.")
         for name in custom:
@@ -244,6 +246,14 @@ def _check_names(given: Mapping[str, Any], known: set[str], place: str) -> None:
             raise RequestError(f"`{name}`{place} {why}")
 
 
+_TOKENIZER_USES = {
+    "stop": "to see text",
+    "stop_regex": "to see text",
+    "min_new_tokens": "for its EOS token id",
+}
+"""What parameters of the host need a tokenizer for."""
+
+
 def _check_together(host: Mapping[str, Any], place: str, *, has_tokenizer: bool) -> None:
     limit = host.get("max_new_tokens", _DEFAULTS["max_new_tokens"])
     fewest = host.get("min_new_tokens", 0)
@@ -252,13 +262,11 @@ def _check_together(host: Mapping[str, Any], place: str, *, has_tokenizer: bool)
             f"`min_new_tokens`{place} must be in [0, max_new_tokens ({limit})], got {fewest}."
         )
     if not has_tokenizer:
-        uses = {name: "to see text" for name in ("stop", "stop_regex")}
-        for name, what in {**uses, "min_new_tokens": "for its EOS token id"}.items():
+        for name, what in _TOKENIZER_USES.items():
             if host.get(name):
                 raise RequestError(
                     f"`{name}`{place} is unavailable when skip_tokenizer_init=True: it needs the "
                     f"tokenizer {what}, got {show(host[name])}."
                 )
-    seeds = {host[name] for name in ("seed", "sampling_seed") if name in host}
-    if len(seeds) > 1:
+    if "sampling_seed" in host and host.get("seed", host["sampling_seed"]) != host["sampling_seed"]:
         raise RequestError(f"`seed` and `sampling_seed`{place} are one parameter and differ.")

@@ -104,6 +104,10 @@ BAD_CALLS = [
     ({"input_ids": [1, 10**30]}, f"[0, 10); got {10**30} at position 1."),
     ({"input_ids": [1, 2.0]}, "`input_ids` must hold integers only, got 2.0 at position 1."),
     ({"input_ids": [1, True]}, "`input_ids` must hold integers only, got True at position 1."),
+    ({"input_ids": [7, False]}, "`input_ids` must hold integers only, got False at position 1."),
+    ({"input_ids": [[7], [8, True, 1]]}, "of prompt 1 must hold integers only, got True at posi"),
+    ({"input_ids": [7, "8"]}, "`input_ids` must hold integers only, got '8' at position 1."),
+    ({"input_ids": np.array([3, -1])}, "[0, 10); got -1 at position 1."),
     ({"input_ids": [1, [2]]}, "`input_ids` must hold integers only, got [2] at position 1."),
     ({"input_ids": np.array([1.5])}, "`input_ids` must be a row of integers, got an array of"),
     ({"input_ids": np.array(5)}, "`input_ids` must be a row of integers, got an array of"),
@@ -192,6 +196,11 @@ def test_what_is_wrong_with_the_call_is_raised_also_where_errors_are_outputs():
         call(["a"], {"n": 0}, on_error="return")
     with pytest.raises(TypeError):
         call(["a"], [{"nonsense": 1}], on_error="return")
+    # Given once for all prompts.
+    with pytest.raises(RequestError, match="`timeout_s` must be a positive number"):
+        call(["a", "b"], timeout_s=0, on_error="return")
+    one, other = call(["a", "b"], timeout_s=[0, 1], on_error="return").requests
+    assert isinstance(one, Refused) and isinstance(other, PromptRequest)
 
 
 def test_namespace_is_salt_and_key_together():

@@ -17,6 +17,7 @@ from jaxengine.config import ModelConfig
 from jaxengine.models.family import WeightPart, run_layer
 from jaxengine.nn.attention import AttentionMetadata, ForwardContext, KVPages
 from jaxengine.nn.layers import Embedding, Linear, RMSNorm, project_to_vocab
+from jaxengine.nn.residual import Residual, add_product
 from jaxengine.nn.rope import Rotation, rotation
 
 
@@ -55,7 +56,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "T D"],
+        stream: Residual,
         norm: RMSNorm,
         angles: Rotation,
         kv_pages: KVPages | None,
@@ -63,7 +64,8 @@ class Attention(nnx.Module):
         ctx: ForwardContext,
     ) -> tuple[Float[Array, "T D"], KVPages | None]:
         """x + attention(norm(x))."""
-        qkv_TNH = self.qkv(x, ctx, norm=norm).reshape(x.shape[0], -1, self.head_dim)
+        x, inner, norm_left = stream.enter(norm, ctx)
+        qkv_TNH = self.qkv(inner, ctx, norm=norm_left).reshape(x.shape[0], -1, self.head_dim)
         q, k, v = jnp.split(qkv_TNH, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -84,11 +86,9 @@ class MLP(nnx.Module):
             config.intermediate_size, narrow, axes=("embed", "ffn"), dtype=dtype, rngs=rngs
         )
 
-    def __call__(
-        self, x: Float[Array, "T D"], norm: RMSNorm, ctx: ForwardContext
-    ) -> Float[Array, "T D"]:
+    def __call__(self, x: Float[Array, "T D"], norm: RMSNorm, ctx: ForwardContext) -> Residual:
         """x + down(silu(gate(norm(x))) * up(norm(x)))."""
-        return self.down(self.gate_up(x, ctx, norm=norm, glu=jax.nn.silu), ctx, residual=x)
+        return add_product(x, self.gate_up(x, ctx, norm=norm, glu=jax.nn.silu), self.down, ctx)
 
 
 class DecoderLayer(nnx.Module):
@@ -102,14 +102,14 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "T D"],
+        stream: Residual,
         angles: Rotation,
         kv_pages: KVPages | None,
         meta: AttentionMetadata | None,
         ctx: ForwardContext,
-    ) -> tuple[Float[Array, "T D"], KVPages | None]:
+    ) -> tuple[Residual, KVPages | None]:
         with jax.named_scope("attn"):
-            x, kv_pages = self.attn(x, self.attn_norm, angles, kv_pages, meta, ctx)
+            x, kv_pages = self.attn(stream, self.attn_norm, angles, kv_pages, meta, ctx)
         with jax.named_scope("mlp"):
             return self.mlp(x, self.mlp_norm, ctx), kv_pages
 
@@ -154,13 +154,15 @@ class Decoder(nnx.Module):
         angles = rotation(
             positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
         )
+        stream = Residual(x)
         pages_out = []
         pages_in = kv_cache or [None] * len(self.layers)
         for i, (layer, pages) in enumerate(zip(self.layers, pages_in, strict=True)):
-            ctx.see(i, x)
-            x, pages = run_layer(layer, ctx, x, angles, pages, meta)
+            ctx.see(i, stream.total())
+            stream, pages = run_layer(layer, ctx, stream, angles, pages, meta)
             pages_out.append(pages)
-        return self.norm(x), pages_out
+        _, out, norm_left = stream.enter(self.norm, ctx)
+        return out if norm_left is None else norm_left(out), pages_out
 
     def logits(self, hidden: Float[Array, "B D"], ctx: ForwardContext) -> Float[Array, "B V"]:
         """Float32 logits of hidden states."""

@@ -30,9 +30,9 @@ def plan_decode(roster: Roster, is_ready: IsReady) -> DecodePlan | None:
     """
     while batch := _decodable(roster):
         steps = _window_steps(roster, batch)
-        while steps > 1 and not _has_pages(roster, batch, steps):
+        while not (has_pages := _has_pages(roster, batch, steps)) and steps > 1:
             steps //= 2
-        if _has_pages(roster, batch, steps):
+        if has_pages:
             return _plan(roster, batch, steps, is_ready)
         idle = [s for s in roster.running if not s.num_in_flight]
         if any(s.num_in_flight for s in batch.sequences) or not idle:
@@ -105,7 +105,7 @@ def _window_steps(roster: Roster, batch: _Batch) -> int:
 
 def _has_pages(roster: Roster, batch: _Batch, steps: int) -> bool:
     missing = batch.pages_after(steps, roster.buckets.page_size) - batch.row_pages
-    return int(missing.clip(0).sum()) <= roster.cache.num_available
+    return int(np.maximum(missing, 0).sum()) <= roster.cache.num_available
 
 
 def _plan(roster: Roster, batch: _Batch, steps: int, is_ready: IsReady) -> DecodePlan:

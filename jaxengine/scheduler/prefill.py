@@ -2,7 +2,7 @@
 
 from jaxengine.scheduler.buckets import IsReady
 from jaxengine.scheduler.plan import NewRow, PageWrites, PrefillPlan, PrefillRow
-from jaxengine.scheduler.prefix_cache import Match, Prefix
+from jaxengine.scheduler.prefix_cache import Key, Match
 from jaxengine.scheduler.roster import Roster
 from jaxengine.scheduler.sequence import Member, Sequence, Status
 
@@ -30,7 +30,7 @@ class PrefillDraft:
         self._placed: list[tuple[Sequence, Member]] = []
         self._new_rows: list[NewRow] = []
         self._page_writes = PageWrites.none()
-        self._computing: set[tuple[Prefix, bytes]] = set()
+        self._computing: set[Key] = set()
 
     def plan(self, is_ready: IsReady) -> PrefillPlan | None:
         """Takes in the rest of running prompts, then those who wait; None if there is nobody."""

@@ -6,41 +6,25 @@ find the same pages. What a page holds depends on all tokens before it, and on n
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxengine.scheduler.page_pool import PagePool
 
-
-class Root(NamedTuple):
-    """Where the texts of a namespace begin; none is found any more after the next flush."""
-
-    num_flushes: int
-    namespace: Hashable
+TOKEN_BYTES = 4
 
 
-@dataclass(eq=False)
-class CachedPage:
-    """A full page. It is never written again.
+type Root = tuple[int, Hashable]
+"""Where the texts of a namespace begin: how many flushes there were before, and its name. None is
+found any more after the next flush."""
 
-    Attributes:
-      parent: What stands before it.
-      tokens: Its own tokens, as bytes.
-      page: Page id.
-      num_pages: Pages of the text up to here, itself included.
-      num_users: Members that hold it; those of a page hold its parent, too.
-    """
+type Prefix = Root | int
+"""The beginning of a text: none of it, or all up to and including a cached page, by its id. It
+means the same as long as somebody holds it."""
 
-    parent: "Prefix"
-    tokens: bytes
-    page: int
-    num_pages: int
-    num_users: int = 0
-
-
-type Prefix = Root | CachedPage
+type Key = tuple[Prefix, bytes]
+"""By what a page is found: what stands before it, and its own tokens."""
 
 
 class Match(NamedTuple):
@@ -60,7 +44,10 @@ class Match(NamedTuple):
 class PrefixCache:
     """Hands out the pages of a pool, and keeps those that are given back as long as there is room.
 
-    Every page taken has one owner: a member, or the cache.
+    Every page taken has one owner: a member, or the cache. A page of the cache is full and never
+    written again; who holds it holds those before it, too. It is a number in some dicts and no
+    object of its own: of these there would be a hundred thousands, and Python's garbage collector
+    goes over all objects there are, while every thread stands still.
     """
 
     def __init__(self, pool: PagePool, page_size: int, *, is_enabled: bool = True) -> None:
@@ -68,9 +55,13 @@ class PrefixCache:
         self._page_size = page_size
         self._is_enabled = is_enabled
         self._num_flushes = 0
-        self._pages: dict[tuple[Prefix, bytes], CachedPage] = {}
+        self._pages: dict[Key, int] = {}
+        self._keys: dict[int, Key] = {}
+        # Pages of the text up to each, itself included; members that hold it.
+        self._num_pages: dict[int, int] = {}
+        self._num_users: dict[int, int] = {}
         # Pages nobody holds, least recently used first; one always stands behind its children.
-        self._unused: OrderedDict[CachedPage, None] = OrderedDict()
+        self._unused: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_available(self) -> int:
@@ -90,31 +81,30 @@ class PrefixCache:
 
     def match(self, namespace: Hashable, tokens: np.ndarray, max_tokens: int) -> Match:
         """Finds the longest cached beginning of at most `max_tokens`, in full pages."""
-        prefix: Prefix = Root(self._num_flushes, namespace)
-        pages, num_unused = [], 0
+        prefix: Prefix = (self._num_flushes, namespace)
+        text, pages, num_unused = tokens.tobytes(), [], 0
         for index in range(max_tokens // self._page_size):
-            cached = self._pages.get((prefix, self._tokens_of(tokens, index)))
-            if cached is None:
+            page = self._pages.get((prefix, self._tokens_of(text, index)))
+            if page is None:
                 break
-            pages.append(cached.page)
-            num_unused += not cached.num_users
-            prefix = cached
+            pages.append(page)
+            num_unused += not self._num_users[page]
+            prefix = page
         return Match(prefix, pages, num_unused)
 
-    def next_page(
-        self, prefix: Prefix, tokens: np.ndarray, max_tokens: int
-    ) -> tuple[Prefix, bytes] | None:
+    def next_page(self, prefix: Prefix, tokens: np.ndarray, max_tokens: int) -> Key | None:
         """Key of the page that goes on where a prefix ends; None if it ends after `max_tokens`."""
-        index = _num_pages(prefix)
-        if not self._is_enabled or (index + 1) * self._page_size > max_tokens:
+        start = self._length(prefix) * self._page_size
+        end = start + self._page_size
+        if not self._is_enabled or end > max_tokens:
             return None
-        return prefix, self._tokens_of(tokens, index)
+        return prefix, tokens[start:end].tobytes()
 
     def hold(self, prefix: Prefix) -> None:
         """Keeps a prefix for a new user, until it is released."""
-        while isinstance(prefix, CachedPage):
+        while isinstance(prefix, int):
             self._use(prefix)
-            prefix = prefix.parent
+            prefix, _ = self._keys[prefix]
 
     def extend(
         self, prefix: Prefix, tokens: np.ndarray, pages: list[int], num_tokens: int
@@ -130,8 +120,9 @@ class PrefixCache:
         Returns:
           What is held now; it ends where somebody else has cached a page of the same text first.
         """
+        text = tokens.tobytes()
         for index in self._full_pages(prefix, num_tokens):
-            key = prefix, self._tokens_of(tokens, index)
+            key = prefix, self._tokens_of(text, index)
             if key in self._pages:
                 break
             prefix = self._insert(key, pages[index])
@@ -141,21 +132,23 @@ class PrefixCache:
         self, prefix: Prefix, tokens: np.ndarray, pages: list[int], num_tokens: int
     ) -> None:
         """Takes a user's pages back; the full ones among the first `num_tokens` stay cached."""
-        own = pages[_num_pages(prefix) :]
-        for index in self._full_pages(prefix, num_tokens):
-            key = prefix, self._tokens_of(tokens, index)
-            if key in self._pages:
-                prefix = self._pages[key]
-                self._use(prefix)
-            else:
+        text, full = tokens.tobytes(), self._full_pages(prefix, num_tokens)
+        freed = []
+        for index in full:
+            key = prefix, self._tokens_of(text, index)
+            cached = self._pages.get(key)
+            if cached is None:
                 prefix = self._insert(key, pages[index])
-                own.remove(pages[index])
-        self._pool.free(own)
-        while isinstance(prefix, CachedPage):
-            prefix.num_users -= 1
-            if not prefix.num_users:
+            else:
+                self._use(cached)
+                freed.append(pages[index])
+                prefix = cached
+        self._pool.free(freed + pages[max(full.start, full.stop) :])
+        while isinstance(prefix, int):
+            self._num_users[prefix] -= 1
+            if not self._num_users[prefix]:
                 self._unused[prefix] = None
-            prefix = prefix.parent
+            prefix, _ = self._keys[prefix]
 
     def flush(self) -> None:
         """Forgets all; pages in use serve their users on, and nobody else."""
@@ -165,41 +158,45 @@ class PrefixCache:
 
     def check_integrity(self, users: list[tuple[Prefix, list[int]]]) -> None:
         """Asserts that pages have one owner each, and that users are counted right."""
-        owned = [cached.page for cached in self._pages.values()]
-        num_users = dict.fromkeys(self._pages.values(), 0)
+        assert self._pages == {key: page for page, key in self._keys.items()}, "a key is lost"
+        owned, num_users = [*self._keys], dict.fromkeys(self._keys, 0)
         for prefix, pages in users:
-            owned += pages[_num_pages(prefix) :]
-            while isinstance(prefix, CachedPage):
-                assert pages[prefix.num_pages - 1] == prefix.page, "a page is not the one held"
+            owned += pages[self._length(prefix) :]
+            while isinstance(prefix, int):
+                assert pages[self._num_pages[prefix] - 1] == prefix, "a page is not the one held"
                 num_users[prefix] += 1
-                prefix = prefix.parent
+                prefix, _ = self._keys[prefix]
         self._pool.check_integrity([owned])
-        assert all(cached.num_users == count for cached, count in num_users.items())
-        assert {cached for cached, count in num_users.items() if not count} == {*self._unused}
+        assert num_users == self._num_users
+        assert {page for page, count in num_users.items() if not count} == {*self._unused}
+        assert num_users.keys() == self._num_pages.keys()
+
+    def _length(self, prefix: Prefix) -> int:
+        """Its pages."""
+        return self._num_pages[prefix] if isinstance(prefix, int) else 0
 
     def _full_pages(self, prefix: Prefix, num_tokens: int) -> range:
         """Indices of the full pages after a prefix, as far as they may be cached."""
         end = num_tokens // self._page_size if self._is_enabled else 0
-        return range(_num_pages(prefix), end)
+        return range(self._length(prefix), end)
 
-    def _insert(self, key: tuple[Prefix, bytes], page: int) -> CachedPage:
-        cached = CachedPage(*key, page, _num_pages(key[0]) + 1, num_users=1)
-        self._pages[key] = cached
-        return cached
+    def _insert(self, key: Key, page: int) -> int:
+        self._pages[key] = page
+        self._keys[page] = key
+        self._num_pages[page] = self._length(key[0]) + 1
+        self._num_users[page] = 1
+        return page
 
-    def _tokens_of(self, tokens: np.ndarray, index: int) -> bytes:
-        return tokens[index * self._page_size : (index + 1) * self._page_size].tobytes()
+    def _tokens_of(self, text: bytes, index: int) -> bytes:
+        size = TOKEN_BYTES * self._page_size
+        return text[index * size : (index + 1) * size]
 
-    def _use(self, cached: CachedPage) -> None:
-        if not cached.num_users:
-            del self._unused[cached]
-        cached.num_users += 1
+    def _use(self, page: int) -> None:
+        if not self._num_users[page]:
+            del self._unused[page]
+        self._num_users[page] += 1
 
     def _evict(self) -> None:
-        cached, _ = self._unused.popitem(last=False)
-        del self._pages[cached.parent, cached.tokens]
-        self._pool.free([cached.page])
-
-
-def _num_pages(prefix: Prefix) -> int:
-    return prefix.num_pages if isinstance(prefix, CachedPage) else 0
+        page, _ = self._unused.popitem(last=False)
+        del self._pages[self._keys.pop(page)], self._num_pages[page], self._num_users[page]
+        self._pool.free([page])

@@ -136,6 +136,17 @@ ARG_SPECS = (
 )
 
 MANY_ROWS_SPECS = (
+    *(
+        ArgSpec(
+            name=f"qwen2.5-0.5b-gate-up-m{rows}",
+            num_rows=rows,
+            depth=896,
+            num_columns=4864,
+            has_norm=True,
+            is_gated=True,
+        )
+        for rows in (128, 256, 512, 1024)
+    ),
     ArgSpec(
         name="qwen2.5-0.5b-gate-up-m2048",
         num_rows=2048,

@@ -42,15 +42,23 @@ def _backend(config: Config | None) -> Any:
 def _sweep(spec: ArgSpec) -> Iterator[Config | None]:
     """Tile choices to try; None is the plain product."""
     yield None
-    if spec.num_rows >= tuning.MIN_MANY_ROWS:
+    if spec in MANY_ROWS_SPECS:
         yield from _many_rows()
     else:
         yield from _tiles() if spec.num_rows > tuning.MAX_ROWS else _rows(spec)
 
 
 def _many_rows() -> Iterator[tuning.ManyRowsConfig]:
-    for cluster, minor, width, lag in itertools.product((1, 2), (0, 1), (4, 8, 16), (0, 1, 2)):
-        yield tuning.ManyRowsConfig(cluster=cluster, minor=minor, width=width, lag=lag)
+    choices = itertools.product(tuning.STAGES.items(), (1, 2), (0, 1), (4, 8, 16), (0, 1, 2))
+    for (block_n, num_stages), cluster, minor, width, lag in choices:
+        yield tuning.ManyRowsConfig(
+            block_n=block_n,
+            num_stages=num_stages,
+            cluster=cluster,
+            minor=minor,
+            width=width,
+            lag=lag,
+        )
 
 
 def _tiles() -> Iterator[tuning.TileConfig]:

@@ -65,7 +65,7 @@ class _Call:
     def tiles(self) -> tuple[int, int]:
         """Rows and columns of tiles; those of a cluster's blocks count as one."""
         rows = self.num_rows // (BLOCK_M * self.config.cluster)
-        return rows, self.num_columns // self.block_n
+        return rows, pl.cdiv(self.num_columns, self.block_n)
 
     @property
     def num_tiles(self) -> int:
@@ -76,7 +76,8 @@ class _Call:
         m, n = plgpu.planar_snake(tile, self.tiles, self.config.minor, self.config.width)
         if self.config.cluster > 1:
             m = m * self.config.cluster + lax.axis_index("cluster")
-        return m * BLOCK_M, n * self.block_n
+        # A last tile that is not whole begins earlier, and makes some columns once more.
+        return m * BLOCK_M, jnp.minimum(n * self.block_n, self.num_columns - self.block_n)
 
     def weight_rows(self, column: jax.Array) -> list[Any]:
         """Rows of the weight for the tile's columns, a slice per part."""

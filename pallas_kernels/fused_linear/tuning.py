@@ -18,16 +18,23 @@ residual included:
 With wider and deeper weights it was slower than XLA everywhere (gate-up at 256 rows 20.1 and 14.0
 us, down 13.9 and 11.4).
 
-Thousands of rows, gate-up with its gated unit, microseconds of the many-rows kernel and of a plain
-product and its neighbours; every number holds about 20 of launching, as chains of calls that were
-no graph were timed:
+Gate-up with its norm and gated unit, microseconds of the many-rows kernel and of a plain product
+and its neighbours, in a graph:
+
+| | 128 rows | 256 | 512 | 1,024 |
+|---|---|---|---|---|
+| 896 -> 2 x 4864 | 12.8, 16.4 | 15.2, 18.4 | 20.9, 26.4 | 35.5, 41.5 |
+| 3584 -> 2 x 18944 | | 115, 127 | | |
+
+The same without the norm, in chains of calls that were no graph: every number holds about 20 of
+launching:
 
 | | 2,048 rows | 8,192 |
 |---|---|---|
 | 896 -> 2 x 4864 | 75, 89 | 216, 302 |
 | 3584 -> 2 x 18944 | | 2966, 3715 |
 
-The other products gain less or nothing there, and stay with XLA.
+The other products gain nothing there, and stay with XLA: out at 8,192 rows takes 44 us either way.
 
 Other shapes than these take theirs unmeasured: `python -m pallas_kernels.fused_linear.bench`
 measures them.
@@ -84,7 +91,7 @@ BLOCK_K = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ManyRowsConfig:
-    """Tile and launch parameters of the kernel for thousands of rows on Hopper.
+    """Tile and launch parameters of the kernel for hundreds of rows and more on Hopper.
 
     Attributes:
       block_n: Rows of the weight that meet in a tile, a multiple of 16, at most 256; of a gated
@@ -104,9 +111,10 @@ class ManyRowsConfig:
     lag: int = 0
 
     def fits(self, num_rows: int, depth: int, num_columns: int) -> bool:
-        """Whether a product with a weight of `num_columns` rows is whole tiles."""
-        sizes = (num_rows, self.cluster * BLOCK_M), (depth, BLOCK_K), (num_columns, self.block_n)
-        return depth > self.lag * BLOCK_K and not any(size % tile for size, tile in sizes)
+        """Whether the kernel takes a product with a weight of `num_columns` rows."""
+        sizes = (num_rows, self.cluster * BLOCK_M), (depth, BLOCK_K), (num_columns, 16)
+        is_whole = not any(size % tile for size, tile in sizes)
+        return is_whole and depth > self.lag * BLOCK_K and num_columns >= self.block_n
 
 
 MAX_ROWS = 4
@@ -122,7 +130,11 @@ MIDDLE = RowConfig(block_n=4, block_k=512, num_loads=2, num_warps=2)
 DEEP = RowConfig(block_n=4, block_k=2048, num_loads=3, num_warps=8)
 DEEPEST = RowConfig(block_n=4, block_k=256, num_loads=7, num_warps=4)
 
-MIN_MANY_ROWS = 2048
+NUM_MULTIPROCESSORS = 132
+FEWER_THAN_THOUSANDS = range(BLOCK_M, 2048)
+STAGES = {256: 4, 192: 5, 160: 6, 96: 7}
+"""Of every `block_n` to choose from, as many as fit into shared memory."""
+
 SOME_THOUSANDS = ManyRowsConfig()
 MANY_THOUSANDS = ManyRowsConfig(cluster=2, lag=2)
 MANY_THOUSANDS_DEEP = ManyRowsConfig(cluster=2, minor=1)
@@ -141,10 +153,9 @@ def find_config(
         return None
     if num_rows <= (1 if is_gated else MAX_ROWS):
         return _row_config(depth, is_gated=is_gated)
-    if num_rows >= MIN_MANY_ROWS:
-        return _many_rows_config(x, weight, is_gated=is_gated)
-    is_tiled = num_rows in TILED_ROWS and weight.size <= MAX_TILED_WEIGHT and not is_gated
-    return _tile_config(num_rows, weight.shape[0]) if is_tiled else None
+    if num_rows in TILED_ROWS and weight.size <= MAX_TILED_WEIGHT and not is_gated:
+        return _tile_config(num_rows, weight.shape[0])
+    return _many_rows_config(x, weight, is_gated=is_gated) if num_rows >= BLOCK_M else None
 
 
 def _row_config(depth: int, *, is_gated: bool) -> RowConfig | None:
@@ -166,9 +177,26 @@ def _tile_config(num_rows: int, num_columns: int) -> TileConfig:
 
 
 def _many_rows_config(x: jax.Array, weight: jax.Array, *, is_gated: bool) -> ManyRowsConfig | None:
-    num_rows, depth = x.shape
+    (num_rows, depth), num_columns = x.shape, weight.shape[0]
     config = SOME_THOUSANDS
-    if num_rows >= 8192:
+    if num_rows in FEWER_THAN_THOUSANDS:
+        config = _hundreds_config(num_rows, num_columns)
+    elif num_rows >= 8192:
         config = MANY_THOUSANDS if depth <= 1024 else MANY_THOUSANDS_DEEP
     is_served = is_gated and x.dtype == jnp.bfloat16
-    return config if is_served and config.fits(num_rows, depth, weight.shape[0]) else None
+    return config if is_served and config.fits(num_rows, depth, num_columns) else None
+
+
+def _hundreds_config(num_rows: int, num_columns: int) -> ManyRowsConfig:
+    """The tiles that are over first: with few of them much depends on how many a block makes."""
+
+    def time(block_n: int) -> int:
+        num_tiles = -(-num_rows // BLOCK_M) * -(-num_columns // block_n)
+        return -(-num_tiles // NUM_MULTIPROCESSORS) * block_n
+
+    block_n = min(STAGES, key=time)
+    return ManyRowsConfig(
+        block_n=block_n,
+        num_stages=STAGES[block_n],
+        cluster=2 if num_rows % (2 * BLOCK_M) == 0 else 1,
+    )

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.add_norm import arg_specs as add_norm_specs
+from pallas_kernels.add_norm.api import add_norm
 from pallas_kernels.filter_threshold import arg_specs as filter_specs
 from pallas_kernels.filter_threshold.api import filter_threshold
 from pallas_kernels.fused_linear import arg_specs as linear_specs
@@ -27,11 +29,18 @@ pytestmark = pytest.mark.deviceless
 
 TRITON_CALL = 'custom_call_target="__gpu$xla.gpu.triton"'
 
-Spec = decode_specs.ArgSpec | prefill_specs.ArgSpec | linear_specs.ArgSpec | write_specs.ArgSpec
+Spec = (
+    decode_specs.ArgSpec
+    | prefill_specs.ArgSpec
+    | linear_specs.ArgSpec
+    | write_specs.ArgSpec
+    | add_norm_specs.ArgSpec
+)
 CASES = [(paged_decode_attention, spec) for spec in decode_specs.ARG_SPECS]
 CASES += [(ragged_prefill_attention, spec) for spec in prefill_specs.ARG_SPECS]
 CASES += [(fused_linear, spec) for spec in linear_specs.ARG_SPECS]
 CASES += [(rotate_and_write, spec) for spec in write_specs.ARG_SPECS]
+CASES += [(add_norm, spec) for spec in add_norm_specs.ARG_SPECS]
 # One of each kind of kernel that comes out; the rest is for the nightly run.
 QUICK = (
     "qwen2.5-0.5b-b1",
@@ -42,6 +51,7 @@ QUICK = (
     "qwen2.5-0.5b-gate-up-m1",
     "qwen2.5-0.5b-down-m4",
     "qwen2.5-0.5b-out-m256",
+    "qwen2.5-0.5b-m256",
     "qwen2.5-0.5b-8x1024",
     "qwen2.5-7b-4x1024",
     "qwen2.5-0.5b-t8192",
@@ -61,7 +71,7 @@ def assert_compiles(target: str, op: Callable[..., Any], spec: Spec, dtype: Any)
         return deviceless.arg(x.shape, x.dtype, target)
 
     shapes = jax.tree.map(on_target, spec.shapes(dtype))
-    if isinstance(spec, linear_specs.ArgSpec):
+    if isinstance(spec, linear_specs.ArgSpec | add_norm_specs.ArgSpec):
         compiled = deviceless.compile_for(
             target, lambda args: op(**args, **spec.options, implementation="triton"), shapes
         )

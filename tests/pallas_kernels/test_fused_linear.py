@@ -88,7 +88,7 @@ def test_kernel_for_many_rows_is_the_definition(spec: ArgSpec, seed: int):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cluster, minor, lag", [(1, 0, 0), (1, 1, 3), (2, 0, 1), (2, 1, 0)])
-@pytest.mark.parametrize("block_n, num_columns", [(224, 896), (192, 384), (256, 512), (128, 128)])
+@pytest.mark.parametrize("block_n, num_columns", [(224, 896), (192, 400), (256, 512), (96, 112)])
 def test_kernel_for_many_rows_takes_any_tiles(
     block_n: int, num_columns: int, cluster: int, minor: int, lag: int, seed: int
 ):
@@ -127,12 +127,15 @@ def test_jax_triton_says_that_it_is_missing(monkeypatch: pytest.MonkeyPatch):
         (256, 896, 896, False, True),
         (257, 896, 896, False, False),
         (256, 4864, 896, False, False),
-        (256, 896, 9728, True, False),
-        (1024, 896, 9728, True, False),
+        (64, 896, 9728, True, False),
+        (128, 896, 9728, True, True),
+        (256, 896, 9728, True, True),
+        (300, 896, 9728, True, False),
+        (1024, 896, 9728, True, True),
         (2048, 896, 9728, True, True),
         (2049, 896, 9728, True, False),
         (8192, 3584, 37888, True, True),
-        (8192, 3584, 37856, True, False),
+        (8192, 3584, 37880, True, False),
         (8192, 896, 896, False, False),
     ],
 )
@@ -160,7 +163,7 @@ def test_what_a_kernel_does_not_take_is_left_to_a_plain_product():
         ("NVIDIA A100-SXM4-80GB", {}, "needs a Hopper GPU, not NVIDIA A100"),
         ("NVIDIA H200", dict(glu=jax.nn.gelu), "gated unit is jax.nn.silu here, not .*gelu"),
         ("NVIDIA H200", dict(weight=(240, 64)), "a plain product is faster"),
-        ("NVIDIA H200", dict(x=(1024, 64)), "a plain product is faster"),
+        ("NVIDIA H200", dict(x=(64, 64)), "a plain product is faster"),
         ("NVIDIA H200", dict(x=(2050, 64), config=tuning.ManyRowsConfig()), "multiple of the tile"),
     ],
 )
@@ -172,6 +175,22 @@ def test_kernel_for_many_rows_says_what_it_does_not_take(
     x, weight = (jax.ShapeDtypeStruct(call.pop(name), jnp.bfloat16) for name in ("x", "weight"))
     with pytest.raises(NotImplementedError, match=reason):
         jax.eval_shape(functools.partial(mosaic.fused_linear, **call), x, weight)
+
+
+@pytest.mark.parametrize(
+    "rows, columns, block_n, cluster",
+    [(128, 9728, 96, 1), (256, 9728, 160, 2), (384, 9728, 256, 1), (256, 37888, 192, 2)],
+)
+def test_hundreds_of_rows_get_the_tiles_that_are_over_first(
+    rows: int, columns: int, block_n: int, cluster: int
+):
+    def check(x: jax.Array, weight: jax.Array) -> None:
+        config = tuning.find_config(x, weight, is_gated=True)
+        assert isinstance(config, tuning.ManyRowsConfig)
+        assert (config.block_n, config.cluster) == (block_n, cluster)
+
+    shapes = (rows, 896), (columns, 896)
+    jax.eval_shape(check, *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes))
 
 
 @pytest.mark.parametrize(

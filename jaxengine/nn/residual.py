@@ -1,0 +1,73 @@
+"""The residual stream between layers, to which a product may still have to be added."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxengine.nn.attention import ForwardContext
+from jaxengine.nn.layers import Linear, RMSNorm
+from pallas_kernels.add_norm import add_norm, num_parts
+from pallas_kernels.fused_linear.api import is_faster
+
+
+class Residual(NamedTuple):
+    """The stream as the sum of arrays.
+
+    A product whose depth a GPU cuts into parts leaves them as they are: the kernel that adds them
+    up then makes the norm that follows, too.
+
+    Attributes:
+      x: What has been added up.
+      parts: Of the product to be added, in float32; None where there is none.
+    """
+
+    x: Float[Array, "T D"]
+    parts: Float[Array, "S T D"] | None = None
+
+    def total(self) -> Float[Array, "T D"]:
+        """The sum."""
+        if self.parts is None:
+            return self.x
+        return (self.x.astype(jnp.float32) + self.parts.sum(axis=0)).astype(self.x.dtype)
+
+    def enter(
+        self, norm: RMSNorm, ctx: ForwardContext
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"], RMSNorm | None]:
+        """The sum, what a product takes of it, and the norm that product has yet to apply."""
+        if self.parts is None:
+            return self.x, self.x, norm
+        weight = norm.weight[...]
+        x, normed = add_norm(self.parts, self.x, weight, eps=norm.eps, implementation=ctx.kernels)
+        return x, normed, None
+
+
+def add_product(
+    residual: Float[Array, "T D"],
+    inner: Float[Array, "T F"],
+    linear: Linear,
+    ctx: ForwardContext,
+) -> Residual:
+    """residual + linear(inner), in parts where that is faster."""
+    weight = linear.weight[...]
+    is_one_kernel = is_faster(inner, weight, is_gated=False, implementation=ctx.kernels)
+    is_cut = _has_kernel(ctx) and not is_one_kernel and linear.bias is None
+    count = num_parts(inner, weight) if is_cut else 1
+    if count == 1:
+        return Residual(linear(inner, ctx, residual=residual))
+    parts = jax.lax.dot_general(
+        inner.reshape(len(inner), count, -1),
+        weight.reshape(len(weight), count, -1),
+        (((2,), (2,)), ((1,), (1,))),
+        preferred_element_type=jnp.float32,
+    )
+    return Residual(residual, parts)
+
+
+def _has_kernel(ctx: ForwardContext) -> bool:
+    """Whether `add_norm` is one kernel here; a weight that is split over devices is left to XLA."""
+    is_whole = ctx.mesh is None or ctx.mesh.size == 1
+    if ctx.kernels is None:
+        return is_whole and jax.default_backend() == "gpu"
+    return is_whole and ctx.kernels in ("triton", "triton_interpret")
