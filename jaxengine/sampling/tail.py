@@ -113,5 +113,5 @@ def left_by(tail: Tail, logits: Logits) -> Left:
         return Left(logits, sums, None, sums)
     stage, _, ctx = tail.filters
     assert stage.filters is not None
-    lowest = filter_threshold(logits, *stage.filters(ctx), sums)
+    lowest = filter_threshold(logits, *stage.filters(ctx), sums=sums)
     return Left(logits, sums, lowest, kept_sums(logits, sums, lowest))

@@ -93,10 +93,11 @@ def test_kernels_give_the_logprobs_by_name(drawn: tuple[Sample, Sample]):
 def test_only_a_temperature_and_then_the_filters_are_a_tail():
     other = LogitsTransform(lambda logits, state, ctx: 2 * logits)
     t, f = temperature(), top_k_top_p_min_p()
+    ctx: Any = None
 
     def tail(unfiltered: Any, rest: Any = ()) -> Any:
-        parts = ([(stage, (), None) for stage in stages] for stages in (unfiltered, rest))
-        return tail_of(Route(*map(tuple, parts)))
+        parts = [tuple((stage, (), ctx) for stage in stages) for stages in (unfiltered, rest)]
+        return tail_of(Route(*parts))
 
     assert tail(()) == ((), None, None) and tail(()).pays
     assert tail((other, t), (f,)) == (((other, (), None),), (t, (), None), (f, (), None))
