@@ -3,11 +3,12 @@
 Never a [B, V] array leaves the device for them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.top_k import top_k
@@ -109,6 +110,27 @@ def listed_if_wanted(
         lambda: listed_logprobs(logits, sums(), wants),
         lambda: no_listed_logprobs(wants),
     )
+
+
+LEAVES = (*MEASURES, "top_logprobs", "top_ids", "id_logprobs")
+"""All that is reported of a token by name."""
+
+
+def side_by_side(leaves: Mapping[str, Array]) -> Int[Array, "B n"]:
+    """The bits of all `LEAVES`, a row a token: a branch then writes one array, not six."""
+    columns = (leaves[name].reshape(leaves[name].shape[0], -1) for name in LEAVES)
+    return jnp.concatenate([jax.lax.bitcast_convert_type(x, jnp.int32) for x in columns], axis=-1)
+
+
+def apart(rows: Int[Array, "B n"], wants: Wants) -> dict[str, Array]:
+    """The `LEAVES` of the rows again."""
+    widths = (1, 1, 1, wants.num_top, wants.num_top, wants.ids.shape[-1])
+    columns = jnp.split(rows, np.cumsum(widths)[:-1], axis=-1)
+    leaves = {
+        name: x if name == "top_ids" else jax.lax.bitcast_convert_type(x, jnp.float32)
+        for name, x in zip(LEAVES, columns, strict=True)
+    }
+    return leaves | {name: leaves[name][:, 0] for name in MEASURES}
 
 
 def scores(logits: Float[Array, "B V"], token: Int[Array, " B"], wants: Wants) -> dict[str, Array]:

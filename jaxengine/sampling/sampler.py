@@ -14,12 +14,14 @@ from jaxengine.sampling.contract import call, require_like, require_rows
 from jaxengine.sampling.draw import Draw, gumbel_max
 from jaxengine.sampling.logprobs import (
     Wants,
+    apart,
     at_token,
     listed_if_wanted,
     listed_logprobs,
     no_listed_logprobs,
     no_logprobs,
     one_measure,
+    side_by_side,
     three_measures,
     token_logprob,
 )
@@ -235,9 +237,9 @@ def sample(
     def draw_greedily(has_lists: bool, logits: Logits) -> tuple[Sample, SamplerState]:
         sums = block_sums(logits)
 
-        def report(token: Int[Array, " B"]) -> dict[str, Array]:
+        def report(token: Int[Array, " B"]) -> Int[Array, "B n"]:
             lists = listed_logprobs(logits, sums, wants) if has_lists else no_listed_logprobs(wants)
-            return one_measure(token, logits, sums) | lists
+            return side_by_side(one_measure(token, logits, sums) | lists)
 
         return finish(logits, logits, sums.argmax(logits), (), report)
 
@@ -246,7 +248,7 @@ def sample(
         processed: Logits,
         token: Int[Array, " B"],
         aux: Any,
-        report: Callable[[Int[Array, " B"]], dict[str, Array]],
+        report: Callable[[Int[Array, " B"]], Int[Array, "B n"]],
     ) -> tuple[Sample, SamplerState]:
         token = _checked(token, logits, processed)
         if group is not None:  # whatever a companion's own chain would have removed
@@ -254,7 +256,7 @@ def sample(
         drawn = Drawn(
             token, token_logprob(processed, token), token_logprob(logits, token), processed
         )
-        leaves: dict[str, Any] = report(token)
+        leaves: dict[str, Any] = {_REPORT: report(token)}
         if jax.tree.leaves(aux):
             leaves["aux"] = aux
         for name, function in sampler.capture.items():
@@ -280,7 +282,13 @@ def sample(
         if wants.lists is not None:
             path += is_greedy & wants.lists.any()
             paths.append(functools.partial(draw_greedily, True))
-    return jax.lax.switch(path, paths, logits)
+    (token, leaves), after = jax.lax.switch(path, paths, logits)
+    reported = apart(leaves.pop(_REPORT), wants)
+    return Sample(token, reported | leaves), after
+
+
+_REPORT = "report"
+"""The leaf that holds all logprobs while they pass through a branch."""
 
 
 def _report(
@@ -289,12 +297,15 @@ def _report(
     may_change_nothing: bool,
     measures: Callable[[Int[Array, " B"], bool], dict[str, Array]],
     token: Int[Array, " B"],
-) -> dict[str, Array]:
-    """The logprobs that are wanted of a token that was drawn on a route."""
-    ways = [lambda: no_logprobs(wants), lambda: measures(token, True)]
+) -> Int[Array, "B n"]:
+    """The logprobs that are wanted of a token that was drawn on a route, side by side."""
+    ways = [
+        lambda: side_by_side(no_logprobs(wants)),
+        lambda: side_by_side(measures(token, True)),
+    ]
     index = wants.any().astype(jnp.int32)
     if may_change_nothing:
-        ways.append(lambda: measures(token, False))
+        ways.append(lambda: side_by_side(measures(token, False)))
         index = jnp.where(is_any_on(route.parts), index, 2 * index)
     return jax.lax.switch(index, ways)
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.triton_math import inverse_of, order_of_float
+from pallas_kernels.triton_math import exp_tempered, order_of_float
 from pallas_kernels.vocab_blocks import BLOCK, LOWEST
 
 LOWEST_ORDER = int(np.float32(LOWEST).view(np.int32)) ^ 0x7FFFFFFF
@@ -31,7 +31,8 @@ class TuningConfig:
       max_found: Tokens that a bracket may hold; a power of two. Each split has its share of it.
       sample_pieces: Runs of 8 tokens in the sample; a power of two.
       few_blocks: Share of the blocks up to which no sample is taken.
-      num_rounds: Rounds of the searches over block maxima and sample, each for three to four bits.
+      block_rounds: Rounds of the search over block maxima, each for three bits.
+      sample_rounds: Likewise over the sample.
       num_errors: Standard errors between an estimate and its bound.
       guess_warps: Warps of a program that guesses.
       collect_warps: Warps of a program that collects; one alone waits for no other.
@@ -39,11 +40,12 @@ class TuningConfig:
     """
 
     tile_blocks: int = 4
-    num_splits: int = 32
+    num_splits: int = 64
     max_found: int = 16384
     sample_pieces: int = 512
     few_blocks: float = 0.25
-    num_rounds: int = 3
+    block_rounds: int = 2
+    sample_rounds: int = 3
     num_errors: float = 4.0
     guess_warps: int = 8
     collect_warps: int = 1
@@ -68,8 +70,7 @@ class Row(NamedTuple):
       highest: A bound above the largest logit, as `order_of_float`.
       total: Sum of weights.
       vocab_size: Tokens.
-      blocks: Index of every block, padded to a power of two.
-      tops: Maximum of every block; -inf in the padding.
+      interpret: Whether the interpreter runs the program.
     """
 
     index: jax.Array
@@ -81,8 +82,7 @@ class Row(NamedTuple):
     highest: jax.Array
     total: jax.Array
     vocab_size: int
-    blocks: jax.Array
-    tops: jax.Array
+    interpret: bool
 
     def is_enough(self, count: jax.Array, mass: jax.Array) -> jax.Array:
         """Whether this many tokens of this mass hold all that the filters keep."""
@@ -90,7 +90,7 @@ class Row(NamedTuple):
 
     def weights(self, logits: jax.Array) -> jax.Array:
         """Probabilities, but for the norm."""
-        return jnp.exp((logits - self.max) * self.inverse)
+        return exp_tempered(logits, self.max, self.inverse, interpret=self.interpret)
 
 
 def all_sum(x: jax.Array) -> jax.Array:
@@ -105,17 +105,57 @@ def num_true(mask: jax.Array) -> jax.Array:
     return all_sum(mask.astype(jnp.int32))
 
 
-def load_row(tops_ref, sums_ref, inverses_ref, top_k_ref, top_p_ref, vocab_size: int) -> Row:
-    """Reads what is known of this program's row."""
-    index = pl.program_id(0)
+class Blocks(NamedTuple):
+    """The blocks of a row, padded to a power of two.
+
+    Attributes:
+      row: Its index.
+      ids: Index of each.
+      tops: Its largest logit; -inf in the padding.
+    """
+
+    row: jax.Array
+    ids: jax.Array
+    tops: jax.Array
+
+
+def load_blocks(tops_ref, row: jax.Array) -> Blocks:
+    """Reads the blocks of a row."""
     num_blocks = tops_ref.shape[1]
-    blocks = jnp.arange(pl.next_power_of_2(num_blocks))
-    is_block = blocks < num_blocks
-    tops = pltriton.load(tops_ref.at[index, blocks], mask=is_block, other=-jnp.inf)
-    sums = pltriton.load(sums_ref.at[index, blocks], mask=is_block, other=0.0)
-    top, inverse = tops.max(axis=0), inverse_of(inverses_ref, index)
-    total = (sums * jnp.exp((tops - top) * inverse)).sum(axis=0)
-    top_k, top_p = top_k_ref[index], top_p_ref[index]
+    ids = jnp.arange(pl.next_power_of_2(num_blocks))
+    tops = pltriton.load(tops_ref.at[row, ids], mask=ids < num_blocks, other=-jnp.inf)
+    return Blocks(row, ids, tops)
+
+
+def total_of(blocks: Blocks, sums_ref, inverse: jax.Array, interpret: bool) -> jax.Array:
+    """Sum of exp((logit - the largest) / temperature) of the row."""
+    is_block = blocks.ids < sums_ref.shape[1]
+    sums = pltriton.load(sums_ref.at[blocks.row, blocks.ids], mask=is_block, other=0.0)
+    top = blocks.tops.max(axis=0)
+    return (sums * exp_tempered(blocks.tops, top, inverse, interpret=interpret)).sum(axis=0)
+
+
+def row_of(
+    index: jax.Array,
+    top: jax.Array,
+    total: jax.Array,
+    inverse: jax.Array,
+    filters: tuple[jax.Array, jax.Array],
+    vocab_size: int,
+    interpret: bool,
+) -> Row:
+    """What is known of a row.
+
+    Args:
+      index: Of the row.
+      top: The largest logit.
+      total: Sum of weights.
+      inverse: Of the temperature.
+      filters: top_k and top_p.
+      vocab_size: Tokens.
+      interpret: Whether the interpreter runs the program.
+    """
+    top_k, top_p = filters
     has_k, has_p = (top_k >= 1) & (top_k < vocab_size), top_p < 1
     return Row(
         index=index,
@@ -127,17 +167,18 @@ def load_row(tops_ref, sums_ref, inverses_ref, top_k_ref, top_p_ref, vocab_size:
         highest=order_of_float(top) + 1,
         total=total,
         vocab_size=vocab_size,
-        blocks=blocks,
-        tops=tops,
+        interpret=interpret,
     )
 
 
-def guess(row: Row, logits_ref, config: TuningConfig) -> tuple[jax.Array, jax.Array]:
+def guess(
+    row: Row, tops: jax.Array, logits_ref, config: TuningConfig
+) -> tuple[jax.Array, jax.Array]:
     """Bounds [low, high) of the threshold that are almost surely right, as `order_of_float`."""
-    low, is_bounded = _from_blocks(row, config)
+    low, is_bounded = _from_blocks(row, tops, config)
     if row.vocab_size <= config.capacity:
         return order_of_float(jnp.where(is_bounded, low, LOWEST)), row.highest
-    is_few = num_true(row.tops >= low) <= int(config.few_blocks * logits_ref.shape[1] / BLOCK)
+    is_few = num_true(tops >= low) <= int(config.few_blocks * logits_ref.shape[1] / BLOCK)
     low, high = jax.lax.cond(
         (is_bounded & is_few) | ~row.is_searched,
         lambda: (low, row.max),
@@ -172,21 +213,21 @@ def _above(x: jax.Array, weights: jax.Array, thresholds: jax.Array) -> tuple[jax
     return is_above.astype(jnp.int32).sum(axis=1), below
 
 
-def _from_blocks(row: Row, config: TuningConfig) -> tuple[jax.Array, jax.Array]:
+def _from_blocks(row: Row, tops: jax.Array, config: TuningConfig) -> tuple[jax.Array, jax.Array]:
     """A threshold that the block maxima alone are enough for, and whether there is one."""
-    weights = row.weights(row.tops)
+    weights = row.weights(tops)
     total = weights.sum(axis=0)
     shares = (jnp.arange(_TRIED).astype(jnp.float32) + 1) / (_TRIED + 1)
 
     def try_some(_: jax.Array, carry: tuple[_Interval, jax.Array]) -> tuple[_Interval, jax.Array]:
         interval, is_bounded = carry
         thresholds = interval.tried(shares)
-        count, below = _above(row.tops, weights, thresholds)
+        count, below = _above(tops, weights, thresholds)
         holds = row.is_enough(count, total - below)
         return interval.narrowed(thresholds, holds), is_bounded + num_true(holds)
 
-    lowest = jnp.where(row.tops > LOWEST, row.tops, row.max).min(axis=0)
-    num_rounds = row.is_searched.astype(jnp.int32) * config.num_rounds
+    lowest = jnp.where(tops > LOWEST, tops, row.max).min(axis=0)
+    num_rounds = row.is_searched.astype(jnp.int32) * config.block_rounds
     start = _Interval(lowest, row.max), jnp.int32(0)
     interval, is_bounded = jax.lax.fori_loop(jnp.int32(0), num_rounds, try_some, start)
     return interval.low, is_bounded > 0
@@ -233,7 +274,7 @@ def _from_sample(row: Row, logits_ref, config: TuningConfig) -> tuple[jax.Array,
 
     lowest = jnp.where(sample > -jnp.inf, sample, row.max).min(axis=0)
     start = _Interval(lowest, row.max), _Interval(lowest, row.max), jnp.int32(0)
-    sure, possible, is_bounded = jax.lax.fori_loop(0, config.num_rounds, try_some, start)
+    sure, possible, is_bounded = jax.lax.fori_loop(0, config.sample_rounds, try_some, start)
     low = jnp.where(is_bounded > 0, sure.low, LOWEST)
     return low, jnp.maximum(low, possible.high)
 

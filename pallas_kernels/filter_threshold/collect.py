@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.filter_threshold.bracket import Row, TuningConfig, all_sum, num_true
-from pallas_kernels.triton_math import float_of_order, inverse_of
+from pallas_kernels.filter_threshold.bracket import Blocks, TuningConfig, all_sum, num_true
+from pallas_kernels.triton_math import exp_tempered, float_of_order, inverse_of
 from pallas_kernels.vocab_blocks import BLOCK
 
 
@@ -28,13 +28,13 @@ class Counts(NamedTuple):
     mass_found: jax.Array
 
 
-def store_active(row: Row, low: jax.Array, ids_ref) -> jax.Array:
+def store_active(blocks: Blocks, low: jax.Array, ids_ref) -> jax.Array:
     """Writes the blocks that have a token from `low` up, and returns how many they are."""
-    is_active = row.tops >= low
+    is_active = blocks.tops >= low
     place = jnp.cumsum(is_active.astype(jnp.int32)) - 1
     # What is not stored points past the end: in the interpreter it would else undo what is.
     place = jnp.where(is_active, place, ids_ref.shape[1])
-    pltriton.store(ids_ref.at[row.index, place], row.blocks, mask=is_active)
+    pltriton.store(ids_ref.at[blocks.row, place], blocks.ids, mask=is_active)
     return num_true(is_active)
 
 
@@ -53,6 +53,7 @@ def collect_kernel(
     found_ref,  # [B, max_found], a part for each split
     *,
     config: TuningConfig,
+    interpret: bool,
 ):
     """Looks at a part of a row, the split's own."""
     row, split = pl.program_id(0), pl.program_id(1)
@@ -64,6 +65,7 @@ def collect_kernel(
         num_active_ref[row],
         (split, config.num_splits),
         config,
+        interpret=interpret,
     )
     above_ref[row, split], mass_above_ref[row, split] = counts.above, counts.mass_above
     num_found_ref[row, split], mass_found_ref[row, split] = counts.found, counts.mass_found
@@ -77,6 +79,8 @@ def collect(
     num_active: jax.Array,
     share: tuple[jax.Array | int, int],
     config: TuningConfig,
+    *,
+    interpret: bool,
 ) -> Counts:
     """Counts tokens and writes those of the bracket, in one pass over the active blocks.
 
@@ -88,6 +92,7 @@ def collect(
       num_active: Active blocks.
       share: (i, n), every n-th tile from the i-th; tokens go to the i-th of n parts.
       config: Tile parameters.
+      interpret: Whether the interpreter runs the program.
     """
     (low, high), (top, inverse) = bounds, scale
     logits_ref, ids_ref, found_ref = refs
@@ -106,15 +111,18 @@ def collect(
     def scan_tile(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         x, num_found, above, mass_above, mass_found = carry
         following = load(i + 1)
-        weights = jnp.exp((x - top) * inverse)
+        weights = exp_tempered(x, top, inverse, interpret=interpret)
         is_above = x >= high
         is_found = (x >= low) & ~is_above
-        within = jnp.cumsum(is_found.astype(jnp.int32), axis=1)
-        totals = is_found.astype(jnp.int32).sum(axis=1)
-        before = num_found + jnp.cumsum(totals) - totals
-        place = before[:, None] + within - 1
+        # Column by column: where all blocks of one are a thread's, only one sum goes over the warp.
+        within = jnp.cumsum(is_found.astype(jnp.int32), axis=0)
+        totals = is_found.astype(jnp.int32).sum(axis=0)
+        before = num_found - 1 + jnp.cumsum(totals) - totals
+        place = before[None, :] + within
         is_stored = is_found & (place < capacity)
-        place = jnp.where(is_stored, part * capacity + place, config.max_found)
+        place = part * capacity + place
+        if interpret:  # there even what is not stored has a place
+            place = jnp.where(is_stored, place, config.max_found)
         pltriton.store(found_ref.at[row, place], x, mask=is_stored)
         return (
             following,

@@ -32,8 +32,10 @@ from pallas_kernels.filter_threshold.bracket import (
     TuningConfig,
     all_sum,
     guess,
-    load_row,
+    load_blocks,
     num_true,
+    row_of,
+    total_of,
 )
 from pallas_kernels.filter_threshold.collect import (
     Counts,
@@ -41,7 +43,7 @@ from pallas_kernels.filter_threshold.collect import (
     collect_kernel,
     store_active,
 )
-from pallas_kernels.triton_math import float_of_order, inverses
+from pallas_kernels.triton_math import float_of_order, inverse_of, inverses
 from pallas_kernels.vocab_blocks import BLOCK, BlockSums, block_sums
 
 MAX_BLOCKS = 4096
@@ -83,28 +85,35 @@ def _guess_kernel(
     top_k_ref,  # [B]
     top_p_ref,  # [B]
     top_ref,  # [B], the largest logits
+    total_ref,  # [B], sums of weights
     low_ref,  # [B]
     high_ref,  # [B]
     ids_ref,  # [B, blocks], the active blocks
     num_active_ref,  # [B]
     *,
     config: TuningConfig,
+    interpret: bool,
 ):
-    row = load_row(tops_ref, sums_ref, inverses_ref, top_k_ref, top_p_ref, logits_ref.shape[1])
-    low, high = guess(row, logits_ref, config)
-    top_ref[row.index], low_ref[row.index], high_ref[row.index] = row.max, low, high
-    active = store_active(row, float_of_order(low), ids_ref)
+    i = pl.program_id(0)
+    blocks, inverse = load_blocks(tops_ref, i), inverse_of(inverses_ref, i)
+    top_ref[i] = top = blocks.tops.max(axis=0)
+    total_ref[i] = total = total_of(blocks, sums_ref, inverse, interpret)
+    filters = top_k_ref[i], top_p_ref[i]
+    row = row_of(i, top, total, inverse, filters, logits_ref.shape[1], interpret)
+    low_ref[i], high_ref[i] = low, _ = guess(row, blocks.tops, logits_ref, config)
+    active = store_active(blocks, float_of_order(low), ids_ref)
     num_active_ref[row.index] = jnp.where(row.is_searched, active, 0)
 
 
 def _finish_kernel(
     logits_ref,  # [B, V]
     tops_ref,  # [B, blocks]
-    sums_ref,  # [B, blocks]
     inverses_ref,  # [B] or [1], of the temperatures
     top_k_ref,  # [B]
     top_p_ref,  # [B]
     min_p_ref,  # [B]
+    top_ref,  # [B], the largest logits
+    total_ref,  # [B], sums of weights
     low_ref,  # [B]
     high_ref,  # [B]
     above_ref,  # [B, splits]
@@ -119,24 +128,33 @@ def _finish_kernel(
     config: TuningConfig,
     interpret: bool,
 ):
-    row = load_row(tops_ref, sums_ref, inverses_ref, top_k_ref, top_p_ref, logits_ref.shape[1])
+    i = pl.program_id(0)
+    inverse, filters = inverse_of(inverses_ref, i), (top_k_ref[i], top_p_ref[i])
+    row = row_of(i, top_ref[i], total_ref[i], inverse, filters, logits_ref.shape[1], interpret)
     barrier = (lambda: None) if interpret else pltriton.debug_barrier
 
     def look_again(search: _Search) -> _Search:
         low, high = float_of_order(search.low), float_of_order(search.high)
         barrier()  # an earlier pass may still be reading
-        num_active = store_active(row, low, ids_ref)
+        num_active = store_active(load_blocks(tops_ref, i), low, ids_ref)
         barrier()
         refs = (logits_ref, ids_ref, refound_ref)
         counts = collect(
-            row.index, (low, high), (row.max, row.inverse), refs, num_active, (0, 1), config
+            i,
+            (low, high),
+            (row.max, inverse),
+            refs,
+            num_active,
+            (0, 1),
+            config,
+            interpret=interpret,
         )
         barrier()
         return _judged(row, search, counts, counts.found <= config.max_found)
 
     splits = jnp.arange(config.num_splits)
     parts = [
-        pltriton.load(ref.at[row.index, splits])
+        pltriton.load(ref.at[i, splits])
         for ref in (above_ref, mass_above_ref, num_found_ref, mass_found_ref)
     ]
     most = parts[2].max(axis=0)
@@ -144,8 +162,8 @@ def _finish_kernel(
     start = _Search(
         proved_low=jnp.int32(LOWEST_ORDER),
         proved_high=row.highest,
-        low=low_ref[row.index],
-        high=high_ref[row.index],
+        low=low_ref[i],
+        high=high_ref[i],
         above=jnp.int32(0),
         mass_above=jnp.float32(0),
         num_found=jnp.int32(0),
@@ -161,9 +179,9 @@ def _finish_kernel(
     def found(width: int) -> jax.Array:
         place = jnp.arange(config.num_splits * width)
         split, inside = place // width, place % width
-        is_found = inside < pltriton.load(num_found_ref.at[row.index, split])
+        is_found = inside < pltriton.load(num_found_ref.at[i, split])
         return pltriton.load(
-            found_ref.at[row.index, split * config.capacity + inside],
+            found_ref.at[i, split * config.capacity + inside],
             mask=is_found & ~is_again,
             other=-jnp.inf,
         )
@@ -171,16 +189,16 @@ def _finish_kernel(
     def among_many() -> jax.Array:
         place = jnp.arange(config.max_found)
         mask = (place < search.num_found) & is_again
-        again = pltriton.load(refound_ref.at[row.index, place], mask=mask, other=-jnp.inf)
+        again = pltriton.load(refound_ref.at[i, place], mask=mask, other=-jnp.inf)
         return _threshold(row, search, jnp.maximum(found(config.capacity), again))
 
-    few = config.capacity // 4
+    few = config.capacity // 2
     threshold = jax.lax.cond(
         is_again | (most > few), among_many, lambda: _threshold(row, search, found(few))
     )
     threshold = jnp.where(row.is_searched, threshold, -jnp.inf)
-    by_min_p = row.max + jnp.log(min_p_ref[row.index]) / row.inverse
-    out_ref[row.index] = jnp.maximum(threshold, by_min_p)
+    by_min_p = row.max + jnp.log(min_p_ref[i]) / inverse
+    out_ref[i] = jnp.maximum(threshold, by_min_p)
 
 
 def _judged(row: Row, search: _Search, counts: Counts, fits: jax.Array) -> _Search:
@@ -267,7 +285,7 @@ def filter_threshold(
 
     def call(kernel, grid, num_warps, passes, out_types, *args):
         return pl.pallas_call(
-            kernel,
+            functools.partial(kernel, config=config, interpret=interpret),
             grid=grid,
             out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out_types],
             compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=1),
@@ -277,7 +295,7 @@ def filter_threshold(
                 bytes_accessed=int(4 * passes * logits.size),
             ),
             interpret=interpret,
-            name=f"filter_threshold_{kernel.func.__name__.strip('_').removesuffix('_kernel')}",
+            name=f"filter_threshold_{kernel.__name__.strip('_').removesuffix('_kernel')}",
         )(*args)
 
     rows, splits, ints, floats = (num_rows,), (num_rows, config.num_splits), jnp.int32, jnp.float32
@@ -285,16 +303,16 @@ def filter_threshold(
     if sums is None:
         sums = block_sums(logits, implementation="reference")
     scale = inverses(sums.temperature)
-    top, low, high, ids, num_active = call(
-        functools.partial(_guess_kernel, config=config),
+    top, total, low, high, ids, num_active = call(
+        _guess_kernel,
         rows,
         config.guess_warps,
         0.1,
-        [(rows, floats), (rows, ints), (rows, ints), blocks, (rows, ints)],
+        [(rows, floats), (rows, floats), (rows, ints), (rows, ints), blocks, (rows, ints)],
         *(logits, sums.max, sums.sum, scale, top_k, top_p),
     )
     counts = call(
-        functools.partial(collect_kernel, config=config),
+        collect_kernel,
         splits,
         config.collect_warps,
         1,
@@ -302,11 +320,11 @@ def filter_threshold(
         *(logits, top, scale, low, high, ids, num_active),
     )
     threshold, *_ = call(
-        functools.partial(_finish_kernel, config=config, interpret=interpret),
+        _finish_kernel,
         rows,
         config.finish_warps,
         0.1,
         [(rows, floats), blocks, found],
-        *(logits, sums.max, sums.sum, scale, top_k, top_p, min_p, low, high, *counts),
+        *(logits, sums.max, scale, top_k, top_p, min_p, top, total, low, high, *counts),
     )
     return threshold

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float
 
-from pallas_kernels.triton_math import inverse_of, inverses
+from pallas_kernels.triton_math import exp_tempered, inverse_of, inverses
 from pallas_kernels.vocab_blocks.blocks import BLOCK, LOWEST, BlockSums
 
 
@@ -44,6 +44,7 @@ def _sums_kernel(
     sum_ref,  # [B, blocks]
     *,
     tile_blocks: int,
+    interpret: bool,
 ):
     row, tile = pl.program_id(0), pl.program_id(1)
     block = tile * tile_blocks + jnp.arange(tile_blocks)
@@ -51,7 +52,8 @@ def _sums_kernel(
     x = _tokens(x_ref, row, block, is_block)
     # Finite even where all are removed: -inf - -inf is NaN.
     top = jnp.maximum(x.max(axis=1), LOWEST)
-    total = jnp.exp((x - top[:, None]) * inverse_of(inverses_ref, row)).sum(axis=1)
+    inverse = inverse_of(inverses_ref, row)
+    total = exp_tempered(x, top[:, None], inverse, interpret=interpret).sum(axis=1)
     # The hardware's maximum loses NaN; the sum does not.
     top = jnp.where(jnp.isnan(total), jnp.nan, top)
     pltriton.store(max_ref.at[row, block], top, mask=is_block)
@@ -68,6 +70,7 @@ def _kept_kernel(
     sum_ref,  # [B, blocks]
     *,
     tile_blocks: int,
+    interpret: bool,
 ):
     row, tile = pl.program_id(0), pl.program_id(1)
     block = tile * tile_blocks + jnp.arange(tile_blocks)
@@ -81,7 +84,8 @@ def _kept_kernel(
     def read() -> jax.Array:
         x = _tokens(x_ref, row, block, is_read)
         finite = jnp.where(is_read, top, 0.0)[:, None]
-        weights = jnp.exp((x - finite) * inverse_of(inverses_ref, row))
+        inverse = inverse_of(inverses_ref, row)
+        weights = exp_tempered(x, finite, inverse, interpret=interpret)
         return jnp.where(x < lowest, 0.0, weights).sum(axis=1)
 
     def keep() -> jax.Array:
@@ -149,7 +153,7 @@ def _call(
     num_blocks = pl.cdiv(vocab_size, BLOCK)
     of_blocks = jax.ShapeDtypeStruct((num_rows, num_blocks), jnp.float32)
     return pl.pallas_call(
-        functools.partial(kernel, tile_blocks=config.tile_blocks),
+        functools.partial(kernel, tile_blocks=config.tile_blocks, interpret=interpret),
         grid=(num_rows, pl.cdiv(num_blocks, config.tile_blocks)),
         out_shape=(of_blocks, of_blocks),
         compiler_params=pltriton.CompilerParams(num_warps=config.num_warps, num_stages=1),
