@@ -80,9 +80,10 @@ def token_ids(ids: Any, place: str, vocab_size: int) -> np.ndarray:
         raise RequestError(f"{place} must be a list of ids, got {type(ids).__name__}.")
     if not len(ids):
         raise RequestError(f"{place} is empty; a prompt needs at least one token.")
-    if row is None or int(row.min()) <= 1:  # a bool has become 0 or 1
+    low = -1 if row is None else int(row.min())
+    if low <= 1:  # a bool has become 0 or 1
         _refuse_others(ids, place)
-    if row is None or int(row.min()) < 0 or int(row.max()) >= vocab_size:
+    if row is None or low < 0 or int(row.max()) >= vocab_size:
         position, bad = next((i, t) for i, t in enumerate(ids) if not 0 <= t < vocab_size)
         got = f"got {bad} at position {position}"
         raise RequestError(f"{place} must be in the vocabulary, [0, {vocab_size}); {got}.")

@@ -18,7 +18,7 @@ from jaxengine.errors import CapacityError, ConfigError
 from jaxengine.limits import settle
 from jaxengine.locate import read_model_config
 from jaxengine.models import MODELS
-from jaxengine.params import SamplingParams
+from jaxengine.params import ParamsParser, SamplingParams
 from jaxengine.sampling import default_sampler
 from jaxengine.text.tokenizer import set_chat_template
 
@@ -139,7 +139,7 @@ SPECS = default_sampler().params
 def defaults_of(tmp_path: Path, **settings: Any) -> dict[str, Any]:
     (tmp_path / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG))
     config = EngineConfig.from_kwargs({"model_path": str(tmp_path), **settings})
-    return default_params(config, SPECS, vocab_size=10, tokenizer=object())
+    return default_params(config, ParamsParser(SPECS, vocab_size=10, tokenizer=object()))
 
 
 def test_generation_config_counts_only_where_it_is_asked_for(tmp_path: Path):

@@ -53,10 +53,8 @@ def add_norm(
 
 
 MAX_ROWS = 512
-MAX_PARTS = 8
-TILE = 128
-MAX_TILES = 64
-"""Tiles of all parts together, of `TILE` rows and columns, from which more parts were slower."""
+MAX_COLUMNS = 2048
+"""Wider results have tiles enough as they are."""
 
 MIN_DEPTH = 256
 """Least depth of a part: less is over before its loads have come."""
@@ -79,10 +77,7 @@ def num_parts(x: jax.Array, weight: jax.Array) -> int:
       weight: [columns, depth].
     """
     (num_rows, depth), num_columns = x.shape, weight.shape[0]
-    num_tiles = -(-num_rows // TILE) * -(-num_columns // TILE)
-    parts = MAX_PARTS if x.dtype == jnp.bfloat16 and num_rows <= MAX_ROWS else 1
-    while parts > 1 and (
-        parts * num_tiles > MAX_TILES or depth % (32 * parts) or depth < parts * MIN_DEPTH
-    ):
-        parts //= 2
-    return parts
+    is_served = x.dtype == jnp.bfloat16 and num_rows <= MAX_ROWS and num_columns <= MAX_COLUMNS
+    parts = 8 if num_rows <= 128 else 4
+    is_cut = is_served and depth >= parts * MIN_DEPTH and depth % (32 * parts) == 0
+    return parts if is_cut else 1
