@@ -217,7 +217,8 @@ def sample(
     routes = routes_of(every)
     has_shortcuts = has_shortcuts and all(stage.is_on for stage, *_ in every)
     # All routes or none: a row's token must not depend on the route its step takes.
-    has_tail = sampler.draw.by_blocks is not None and tail_of(routes[0]) is not None
+    tail = tail_of(routes[0])
+    has_tail = sampler.draw.by_blocks is not None and tail is not None and tail.pays
 
     def draw(route: Route, logits: Logits) -> tuple[Sample, SamplerState]:
         tail = tail_of(route) if has_tail else None

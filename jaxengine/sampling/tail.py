@@ -34,13 +34,22 @@ class Tail(NamedTuple):
     temperature: Part | None
     filters: Part | None
 
+    @property
+    def pays(self) -> bool:
+        """Whether to have the logits in memory pays.
+
+        With filters they are read three times. Without, XLA fuses what a head makes of them into
+        the one pass there is.
+        """
+        return self.filters is not None or not self.head
+
 
 def tail_of(route: Route) -> Tail | None:
     """How kernels can end a route; None where it does not end with what they know."""
     head, rest = route
     temperature = head[-1] if head and head[-1][0].divisor else None
     filters = rest[0] if len(rest) == 1 and rest[0][0].filters else None
-    if (rest and not filters) or (head and not temperature and not filters):
+    if rest and not filters:
         return None
     return Tail(head[:-1] if temperature else head, temperature, filters)
 
@@ -104,5 +113,5 @@ def left_by(tail: Tail, logits: Logits) -> Left:
         return Left(logits, sums, None, sums)
     stage, _, ctx = tail.filters
     assert stage.filters is not None
-    lowest = filter_threshold(logits, *stage.filters(ctx), sums)
+    lowest = filter_threshold(logits, *stage.filters(ctx), sums=sums)
     return Left(logits, sums, lowest, kept_sums(logits, sums, lowest))

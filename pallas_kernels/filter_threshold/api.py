@@ -21,8 +21,8 @@ def filter_threshold(
     top_k: Int[Array, " B"],
     top_p: Float[Array, " B"],
     min_p: Float[Array, " B"],
-    sums: BlockSums | None = None,
     *,
+    sums: BlockSums | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> Float[Array, " B"]:
     """Finds the threshold of each row: what passes all three filters is at least as large.
@@ -57,5 +57,5 @@ def filter_threshold(
         if value.shape != rows or value.dtype != jnp.float32:
             raise ValueError(f"`{name}` must be float32{rows}. Got {value.dtype}{value.shape}.")
     return dispatch.call(
-        "filter_threshold", IMPLEMENTATIONS, implementation, logits, top_k, top_p, min_p, sums
+        "filter_threshold", IMPLEMENTATIONS, implementation, logits, top_k, top_p, min_p, sums=sums
     )

@@ -61,7 +61,7 @@ def _spec_rows(
         # A temperature of 1 that has to wait for the call before; 0 * inf would be NaN.
         temperature = 1 + 0 * jnp.nan_to_num(before, neginf=0.0)
         sums = block_sums(logits, temperature, implementation="triton")
-        return triton.filter_threshold(logits, *settings, sums, config=config)
+        return triton.filter_threshold(logits, *settings, sums=sums, config=config)
 
     args = spec.arrays(0)
     default = triton.TuningConfig()

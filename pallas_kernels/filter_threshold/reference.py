@@ -14,6 +14,7 @@ def filter_threshold(
     top_k: Int[Array, " B"],
     top_p: Float[Array, " B"],
     min_p: Float[Array, " B"],
+    *,
     sums: BlockSums | None = None,
 ) -> Float[Array, " B"]:
     """Tries the threshold bit by bit, each a pass over the logits; no pass where min-p is all."""

@@ -261,8 +261,8 @@ def filter_threshold(
     top_k: Int[Array, " B"],
     top_p: Float[Array, " B"],
     min_p: Float[Array, " B"],
-    sums: BlockSums | None = None,
     *,
+    sums: BlockSums | None = None,
     config: TuningConfig | None = None,
     interpret: bool = False,
 ) -> Float[Array, " B"]:

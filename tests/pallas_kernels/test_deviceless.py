@@ -191,7 +191,7 @@ def test_kernels_of_the_sampler_compile(target: str):
     ) -> Any:
         largest = top_k(tops, count=20, implementation="triton")
         sums = block_sums(logits, temperature, implementation="triton")
-        lowest = filter_threshold(logits, *settings, sums, implementation="triton")
+        lowest = filter_threshold(logits, *settings, sums=sums, implementation="triton")
         return largest, kept_sums(logits, sums, lowest, implementation="triton")
 
     logits, *settings = filters.shapes()

@@ -96,14 +96,14 @@ def test_filters_judge_what_a_temperature_makes_of_the_logits(
 def assert_right_with_temperature(implementation: Implementation, name: str, seed: int):
     args = spec_named(name).arrays(seed)
     rng = np.random.default_rng(seed)
-    temperature = rng.choice(np.float32([0.1, 0.7, 1.6, 5.0]), len(args[0]))
+    temperature = rng.choice(np.asarray([0.1, 0.7, 1.6, 5.0], np.float32), len(args[0]))
     sums = block_sums(args[0], jnp.asarray(temperature), implementation="reference")
     op = api.filter_threshold
     if implementation == "triton_interpret":
         op = functools.partial(triton.filter_threshold, config=TINY, interpret=True)
     else:
         op = functools.partial(op, implementation=implementation)
-    assert_right(args, op(*args, sums), temperature)
+    assert_right(args, op(*args, sums=sums), temperature)
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ import functools
 import inspect
 import secrets
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -80,10 +81,13 @@ def test_nan_stays_in_its_block_and_is_the_largest(op: Op, seed: int):
 @pytest.fixture(params=["passes", "triton_interpret"])
 def ops(request: pytest.FixtureRequest) -> tuple[Op, Op]:
     """Both ops, one way of computing them."""
-    how = "reference" if request.param == "passes" else request.param
+    return both_ops("reference" if request.param == "passes" else request.param)
+
+
+def both_ops(implementation: Any) -> tuple[Op, Op]:
     return (
-        functools.partial(vocab_blocks.block_sums, implementation=how),
-        functools.partial(vocab_blocks.kept_sums, implementation=how),
+        functools.partial(vocab_blocks.block_sums, implementation=implementation),
+        functools.partial(vocab_blocks.kept_sums, implementation=implementation),
     )
 
 
@@ -114,9 +118,7 @@ def test_sums_have_a_temperature_and_may_lose_tokens(ops: tuple[Op, Op], spec: A
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", ARG_SPECS, ids=lambda spec: spec.name)
 def test_the_kernels_have_a_temperature_and_may_lose_tokens(spec: ArgSpec, seed: int):
-    how = dict(implementation="triton")
-    ops = (functools.partial(op, **how) for op in (vocab_blocks.block_sums, vocab_blocks.kept_sums))
-    check_tempered_and_kept((*ops,), spec, seed)
+    check_tempered_and_kept(both_ops("triton"), spec, seed)
 
 
 def test_what_filters_leave_of_nan_is_nan(ops: tuple[Op, Op], seed: int):

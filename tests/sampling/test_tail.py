@@ -9,7 +9,7 @@ import pytest
 
 from jaxengine.sampling import chain, default_sampler, temperature, top_k_top_p_min_p, typical
 from jaxengine.sampling.logprobs import Wants
-from jaxengine.sampling.routes import Route
+from jaxengine.sampling.routes import Route, routes_of
 from jaxengine.sampling.sampler import Sample, init_state, sample
 from jaxengine.sampling.tail import tail_of
 from jaxengine.sampling.transforms import LogitsTransform
@@ -93,15 +93,26 @@ def test_kernels_give_the_logprobs_by_name(drawn: tuple[Sample, Sample]):
 def test_only_a_temperature_and_then_the_filters_are_a_tail():
     other = LogitsTransform(lambda logits, state, ctx: 2 * logits)
     t, f = temperature(), top_k_top_p_min_p()
+    ctx: Any = None
 
     def tail(unfiltered: Any, rest: Any = ()) -> Any:
-        parts = ([(stage, (), None) for stage in stages] for stages in (unfiltered, rest))
-        return tail_of(Route(*map(tuple, parts)))
+        parts = [tuple((stage, (), ctx) for stage in stages) for stages in (unfiltered, rest)]
+        return tail_of(Route(*parts))
 
-    assert tail(()) == ((), None, None)
+    assert tail(()) == ((), None, None) and tail(()).pays
     assert tail((other, t), (f,)) == (((other, (), None),), (t, (), None), (f, (), None))
     assert tail((t,)) == ((), (t, (), None), None)
     assert tail((other,), (f,)) == (((other, (), None),), None, (f, (), None))
-    for not_one in [((other,),), ((t,), (typical(),)), ((), (f, t)), ((t,), (f, typical()))]:
+    assert tail((other, t), (f,)).pays and not tail((other, t)).pays and not tail((other,)).pays
+    for not_one in [((t,), (typical(),)), ((), (f, t)), ((t,), (f, typical()))]:
         assert tail(*not_one) is None
     assert chain(t, f).divisor is None and chain(t, f).filters is None
+
+
+def test_every_route_of_a_sampler_with_a_tail_has_one():
+    """Else a row's token would depend on its neighbours."""
+    always = LogitsTransform(lambda logits, state, ctx: 2 * logits)
+    ctx = context(default_sampler(), [{}], V)
+    for stages in [(always, top_k_top_p_min_p()), default_sampler().stages]:
+        routes = routes_of(tuple((stage, (), ctx) for stage in stages))
+        assert len(routes) > 1 and None not in [tail_of(route) for route in routes]
