@@ -1,5 +1,6 @@
 """The residual stream between layers, to which a product may still have to be added."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -46,16 +47,15 @@ class Residual(NamedTuple):
 def add_product(
     residual: Float[Array, "T D"],
     inner: Float[Array, "T F"],
-    linear: Linear,
+    linear: Callable[..., Array],
     ctx: ForwardContext,
 ) -> Residual:
-    """residual + linear(inner), in parts where that is faster."""
-    weight = linear.weight[...]
-    is_one_kernel = is_faster(inner, weight, is_gated=False, implementation=ctx.kernels)
-    is_cut = _has_kernel(ctx) and not is_one_kernel and linear.bias is None
-    count = num_parts(inner, weight) if is_cut else 1
+    """residual + linear(inner), in parts where that is faster: a `Linear`, or what stands in."""
+    count = _num_parts(inner, linear, ctx)
     if count == 1:
         return Residual(linear(inner, ctx, residual=residual))
+    assert isinstance(linear, Linear)
+    weight = linear.weight[...]
     parts = jax.lax.dot_general(
         inner.reshape(len(inner), count, -1),
         weight.reshape(len(weight), count, -1),
@@ -65,9 +65,18 @@ def add_product(
     return Residual(residual, parts)
 
 
+def _num_parts(inner: Array, linear: Callable[..., Array], ctx: ForwardContext) -> int:
+    is_whole = ctx.mesh is None or ctx.mesh.size == 1  # a split weight is left to XLA
+    is_plain = isinstance(linear, Linear) and linear.bias is None
+    if not (is_whole and is_plain and _has_kernel(ctx)):
+        return 1
+    weight = linear.weight[...]
+    if is_faster(inner, weight, is_gated=False, implementation=ctx.kernels):
+        return 1  # one kernel makes the whole product
+    return num_parts(inner, weight)
+
+
 def _has_kernel(ctx: ForwardContext) -> bool:
-    """Whether `add_norm` is one kernel here; a weight that is split over devices is left to XLA."""
-    is_whole = ctx.mesh is None or ctx.mesh.size == 1
     if ctx.kernels is None:
-        return is_whole and jax.default_backend() == "gpu"
-    return is_whole and ctx.kernels in ("triton", "triton_interpret")
+        return jax.default_backend() == "gpu"
+    return ctx.kernels in ("triton", "triton_interpret")

@@ -142,7 +142,6 @@ MANY_ROWS_SPECS = (
             num_rows=rows,
             depth=896,
             num_columns=4864,
-            has_norm=True,
             is_gated=True,
         )
         for rows in (128, 256, 512, 1024)

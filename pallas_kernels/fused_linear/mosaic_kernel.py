@@ -50,8 +50,9 @@ class _Call:
 
     @property
     def chunk(self) -> int:
-        """Columns that are stored at once."""
-        return next(width for width in (64, 32, 16) if self.block_n % width == 0)
+        """Columns that are stored at once; a tile begins at a multiple."""
+        both = math.gcd(self.block_n, self.num_columns)
+        return next(width for width in (64, 32, 16) if both % width == 0)
 
     @property
     def num_steps(self) -> int:

@@ -112,7 +112,7 @@ class ManyRowsConfig:
 
     def fits(self, num_rows: int, depth: int, num_columns: int) -> bool:
         """Whether the kernel takes a product with a weight of `num_columns` rows."""
-        sizes = (num_rows, self.cluster * BLOCK_M), (depth, BLOCK_K), (num_columns, 16)
+        sizes = (num_rows, self.cluster * BLOCK_M), (depth, BLOCK_K), (num_columns, 32)
         is_whole = not any(size % tile for size, tile in sizes)
         return is_whole and depth > self.lag * BLOCK_K and num_columns >= self.block_n
 

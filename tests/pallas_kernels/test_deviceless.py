@@ -12,6 +12,7 @@ from pallas_kernels.add_norm.api import add_norm
 from pallas_kernels.filter_threshold import arg_specs as filter_specs
 from pallas_kernels.filter_threshold.api import filter_threshold
 from pallas_kernels.fused_linear import arg_specs as linear_specs
+from pallas_kernels.fused_linear import mosaic, tuning
 from pallas_kernels.fused_linear.api import fused_linear
 from pallas_kernels.paged_decode_attention import arg_specs as decode_specs
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
@@ -126,6 +127,18 @@ def test_kernel_for_many_rows_compiles_for_h200(
     compiled = deviceless.compile_for_h200(lambda args: fused_linear(**args, **spec.options), args)
     assert str(compiled.as_text()).count('custom_call_target="mosaic_gpu_v2"') == 1
     assert not deviceless.large_copies(compiled)
+
+
+@pytest.mark.parametrize("block_n, num_columns", [(192, 416), (96, 160)])
+def test_kernel_for_many_rows_compiles_where_the_last_tile_is_not_whole(
+    block_n: int, num_columns: int
+):
+    config = tuning.ManyRowsConfig(block_n=block_n)
+    x, weight = (deviceless.arg((n, 320), jnp.bfloat16) for n in (512, num_columns))
+    compiled = deviceless.compile_for_h200(
+        lambda x, weight: mosaic.fused_linear(x, weight, config=config), x, weight
+    )
+    assert str(compiled.as_text()).count('custom_call_target="mosaic_gpu_v2"') == 1
 
 
 def test_the_product_compiles_through_jax_triton():
