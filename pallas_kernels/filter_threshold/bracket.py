@@ -40,9 +40,9 @@ class TuningConfig:
     """
 
     tile_blocks: int = 4
-    num_splits: int = 64
+    num_splits: int = 16
     max_found: int = 16384
-    sample_pieces: int = 512
+    sample_pieces: int = 1024
     few_blocks: float = 0.25
     block_rounds: int = 2
     sample_rounds: int = 3
