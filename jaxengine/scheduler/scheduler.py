@@ -209,14 +209,15 @@ class Scheduler:
         )
 
     def _prefill_is_due(self) -> bool:
-        """Prefill first; a second one in a row only if it is large, and nobody reads a stream."""
+        """Prefill first; a second one in a row only if it is large, or if no more decode than would
+        begin, and nobody reads a stream."""
         if self._num_prefills_in_a_row == 0:
             return True
         if self._is_read() or self._num_prefills_in_a_row >= MAX_PREFILLS_IN_A_ROW:
             return False
         largest = self._buckets.prefill_tokens[-1]
-        num_tokens, _ = self._roster.to_prefill(largest)
-        return num_tokens >= largest // 4
+        num_tokens, num_rows = self._roster.to_prefill(largest)
+        return num_tokens >= largest // 4 or num_rows >= len(self._roster.running)
 
     def _plan_prefill(self) -> PrefillPlan | None:
         most = STREAM_CHUNK_TOKENS if self._is_read() else self._buckets.prefill_tokens[-1]

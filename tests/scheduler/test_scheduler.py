@@ -148,6 +148,19 @@ def test_prompts_come_first_when_nobody_streams():
     assert kinds(driver)[before:].startswith("pppp")
 
 
+@pytest.mark.parametrize("running, first", [(0, "pp"), (3, "pd")])
+def test_half_of_a_burst_does_not_wait_for_a_window(running: int, first: str):
+    """Its first half fills a bucket; the second comes next unless more would wait for it."""
+    driver = Driver(make_buckets(num_slots=16, prefill_tokens=(256, 1024, 8192)), num_pages=2000)
+    driver.add(*(make_request(i, 4, 60) for i in range(running)))
+    while running and "d" not in kinds(driver):
+        driver.step()
+    before = len(driver.runner.plans)
+    driver.add(*(make_request(10 + i, 128, 60) for i in range(4)))
+    driver.run()
+    assert kinds(driver)[before:].startswith(first)
+
+
 def test_prompts_that_never_cease_starve_nobody():
     driver = Driver(make_buckets(), num_pages=200)
     driver.add(make_request(0, 4, 200))
