@@ -11,12 +11,8 @@ from jaxengine.bench.plain import Judged, PlainModel
 
 type Output = Mapping[str, Any]
 
-TOLERANCES = {"float32": 3e-3, "bfloat16": 0.1, "float16": 0.03}
-"""By how much a log-probability of the engine may differ from the plain path's, by dtype.
-
-As a share of the standard deviation of a place's logits, for rounding is relative: with random
-weights that deviation is 0.6 nats where the model is 896 wide, and 1.2 where it is 3,584.
-"""
+TOLERANCES = {"float32": 2e-3, "bfloat16": 0.06, "float16": 0.02}
+"""Nats by which a log-probability of the engine may differ from the plain path's, by dtype."""
 
 MAX_JUDGED = 4
 """Requests of a workload that are compared with the plain path."""
@@ -74,12 +70,12 @@ def judged_call(call: Call, num_rows: int) -> Call:
     return call.first(num_rows)._replace(arguments=arguments)
 
 
-def compare(call: Call, outputs: Sequence[Output], model: PlainModel) -> Comparison:
+def compare(
+    call: Call, outputs: Sequence[Output], model: PlainModel, tolerance: float
+) -> Comparison:
     """Compares some requests of a `judged_call`, spread over it, with the plain path."""
     chosen = np.linspace(0, len(outputs) - 1, min(MAX_JUDGED, len(outputs))).astype(int)
     errors: list[float] = []
-    excesses: list[float] = []
-    tolerances: list[float] = []
     num_places, num_decided, num_equal, is_allowed = 0, 0, 0, True
     for index in chosen:
         output, params = outputs[index], call.sampling_params[index]
@@ -88,34 +84,32 @@ def compare(call: Call, outputs: Sequence[Output], model: PlainModel) -> Compari
         listed = np.asarray([[entry[1] for entry in top] for top in tops], np.int32)
         judged = model.judge(call.input_ids[index], ids, listed)
         raw = np.asarray(meta["output_token_raw_logprobs"])
-        values = [[entry[0] for entry in top] for top in tops] if listed.size else [[]] * len(ids)
-        got = np.column_stack([raw, np.asarray(values)])
-        error = np.abs(got - np.column_stack([judged.logprob, judged.listed]))
-        errors.append(float(error.max()))
-        excesses.append(float((error - judged.tolerance[:, None]).max()))
-        tolerances.append(float(judged.tolerance.mean()))
+        errors.append(float(np.abs(raw - judged.logprob).max()))
+        if listed.size:
+            values = np.asarray([[entry[0] for entry in top] for top in tops])
+            errors.append(float(np.abs(values - judged.listed).max()))
         num_places += len(ids)
         if params.get("temperature") == 0:
-            is_decided = judged.margin > judged.tolerance
+            is_decided = judged.margin > tolerance
             num_decided += int(is_decided.sum())
             num_equal += int((judged.best == np.asarray(ids))[is_decided].sum())
         else:
-            is_allowed &= _is_allowed(judged, params)
+            is_allowed &= _is_allowed(judged, params, tolerance)
     checks = {
-        "logprobs_as_plain": max(excesses) <= 0,
+        "logprobs_as_plain": max(errors) <= tolerance,
         "decided_tokens_as_plain": num_equal == num_decided,
         "tokens_pass_filters": is_allowed,
     }
     numbers = {
         "max_logprob_error": max(errors),
-        "tolerance": float(np.mean(tolerances)),
+        "tolerance": tolerance,
         "num_places": num_places,
         "num_decided": num_decided,
     }
     return Comparison(checks, numbers)
 
 
-def _is_allowed(judged: Judged, params: Mapping[str, Any]) -> bool:
+def _is_allowed(judged: Judged, params: Mapping[str, Any], tolerance: float) -> bool:
     """Whether the filters could have left these tokens; `rank` and `mass` forgive the tolerance."""
     if params.get("temperature") != 1.0 or "frequency_penalty" in params:
         return True
@@ -123,5 +117,5 @@ def _is_allowed(judged: Judged, params: Mapping[str, Any]) -> bool:
     return bool(
         (judged.rank < params.get("top_k", math.inf)).all()
         and (judged.mass < params.get("top_p", 1.0) + 1e-6).all()
-        and (judged.logprob + 2 * judged.tolerance >= lowest).all()
+        and (judged.logprob + 2 * tolerance >= lowest).all()
     )

@@ -73,12 +73,14 @@ class Subject(NamedTuple):
       shape: Name of its model shape.
       startup: Seconds its start took, and what it says of them.
       plain: The same model by the plain path.
+      tolerance: In which the two must agree, in nats.
     """
 
     engine: Engine
     shape: str
     startup: dict[str, Any]
     plain: PlainModel
+    tolerance: float
 
 
 class Pass(NamedTuple):
@@ -115,8 +117,9 @@ def open_engine(shape: str, options: Options) -> Subject:
         "engine": stats["startup_seconds"],
         "programs": stats["programs"],
     }
-    plain = PlainModel(engine.model_config, engine.params, checks.TOLERANCES[engine.config.dtype])
-    return Subject(engine, shape, startup, plain)
+    tolerance = checks.TOLERANCES[engine.config.dtype]
+    plain = PlainModel(engine.model_config, engine.params, tolerance)
+    return Subject(engine, shape, startup, plain, tolerance)
 
 
 def make_engine(
@@ -277,7 +280,7 @@ def _check(
     try:
         judged = checks.judged_call(call, engine.config.max_running_requests or 1)
         outputs = generate(engine, judged)
-        comparison = checks.compare(judged, outputs, subject.plain)
+        comparison = checks.compare(judged, outputs, subject.plain, subject.tolerance)
     except Exception as error:
         # The oracle may need more memory than the engine leaves; what was timed is not lost.
         traceback.print_exception(error)

@@ -34,7 +34,6 @@ class Judged(NamedTuple):
       rank: How many ids lead the token by more than the tolerance.
       mass: Their probability.
       peak: Log-probability of `best`.
-      tolerance: Nats by which another computation may differ.
     """
 
     logprob: Any
@@ -44,7 +43,6 @@ class Judged(NamedTuple):
     rank: Any
     mass: Any
     peak: Any
-    tolerance: Any
 
 
 class PlainModel:
@@ -54,7 +52,7 @@ class PlainModel:
         """Args:
         config: The model's shape.
         params: The engine's arrays; products are taken in float32.
-        tolerance: As a share of the standard deviation of a place's logits.
+        tolerance: In nats.
         """
         self._model = BoundModel(MODELS[config.architecture], config, jnp.dtype("float32"))
         self._params = params
@@ -110,8 +108,7 @@ class PlainModel:
         best = jnp.argmax(logprobs, axis=-1)
         peak = logprobs.max(axis=-1)
         others = jnp.where(jnp.arange(logits.shape[1]) == best[:, None], -jnp.inf, logprobs)
-        tolerance = self._tolerance * logits.std(axis=-1)
-        leads = logprobs > own + tolerance[:, None]
+        leads = logprobs > own + self._tolerance
         return Judged(
             logprob=own[:, 0],
             listed=jnp.take_along_axis(logprobs, listed, axis=-1),
@@ -120,5 +117,4 @@ class PlainModel:
             rank=leads.sum(axis=-1),
             mass=jnp.where(leads, jnp.exp(logprobs), 0.0).sum(axis=-1),
             peak=peak,
-            tolerance=tolerance,
         )
