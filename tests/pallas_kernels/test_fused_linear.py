@@ -88,7 +88,10 @@ def test_kernel_for_many_rows_is_the_definition(spec: ArgSpec, seed: int):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cluster, minor, lag", [(1, 0, 0), (1, 1, 3), (2, 0, 1), (2, 1, 0)])
-@pytest.mark.parametrize("block_n, num_columns", [(224, 896), (192, 416), (256, 512), (96, 160)])
+@pytest.mark.parametrize(
+    "block_n, num_columns",
+    [(224, 896), (192, 384), (256, 512), (128, 128), (192, 416), (96, 160)],
+)
 def test_kernel_for_many_rows_takes_any_tiles(
     block_n: int, num_columns: int, cluster: int, minor: int, lag: int, seed: int
 ):
