@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from jaxengine.errors import EngineDeadError
 from jaxengine.log import logger
 from jaxengine.runtime.executables import ExecutableCache, ProgramSpec
+from jaxengine.runtime.heap import Heap
 
 
 class ProgramKey(NamedTuple):
@@ -67,6 +68,7 @@ class Programs:
         self._queue: queue.PriorityQueue = queue.PriorityQueue()
         self._tickets = itertools.count()
         self._lock = threading.Lock()
+        self._num_building = 0
         self._tracing = threading.Lock()
         self._stopped = False
         self.num_compiled = 0
@@ -83,6 +85,7 @@ class Programs:
             threading.Thread(target=self._work, name=f"jaxengine-compile-{i}", daemon=True)
             for i in range(workers)
         ]
+        self._heap = Heap()
         # Compiling while the interpreter ends would crash it; jax's own hook then runs after this.
         atexit.register(self.stop)
         try:
@@ -162,6 +165,7 @@ class Programs:
                 futures = list(self._done.values())
             for future in futures:
                 future.exception()
+        self._heap.settle()
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Lets running compilations end and starts no more."""
@@ -179,6 +183,7 @@ class Programs:
             for future in self._done.values():
                 if not future.done():
                     future.set_exception(error)
+        self._heap.close()
 
     def _put(self, rank: float, key: ProgramKey | None) -> None:
         self._queue.put((rank, next(self._tickets), key))
@@ -190,9 +195,16 @@ class Programs:
                 break
             with self._lock:
                 spec, future = self._specs.pop(key, None), self._done.get(key)
-            if spec is not None and future is not None:
-                self._build(key, spec, future)
-            del spec
+                if spec is None or future is None:
+                    continue
+                self._num_building += 1
+            self._build(key, spec, future)
+            del spec  # it holds a sampler's functions
+            with self._lock:
+                self._num_building -= 1
+                is_last = not (self._specs or self._num_building)
+            if is_last:
+                self._heap.settle()
 
     def _build(self, key: ProgramKey, spec: ProgramSpec, future: Future) -> None:
         cache = self._cache if spec.is_cached else None
