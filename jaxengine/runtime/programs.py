@@ -165,7 +165,6 @@ class Programs:
                 futures = list(self._done.values())
             for future in futures:
                 future.exception()
-        self._heap.settle()
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Lets running compilations end and starts no more."""
@@ -200,11 +199,6 @@ class Programs:
                 self._num_building += 1
             self._build(key, spec, future)
             del spec  # it holds a sampler's functions
-            with self._lock:
-                self._num_building -= 1
-                is_last = not (self._specs or self._num_building)
-            if is_last:
-                self._heap.settle()
 
     def _build(self, key: ProgramKey, spec: ProgramSpec, future: Future) -> None:
         cache = self._cache if spec.is_cached else None
@@ -221,14 +215,24 @@ class Programs:
                 if cache:
                     cache.store(spec, program)
         except BaseException as error:
+            self._end_building()
             future.set_exception(error)
         else:
             with self._lock:
                 self.num_loaded += was_loaded
                 self.num_compiled += not was_loaded
+            self._end_building()
             future.set_result(program)
         if key in self._initial:
             self._report(spec)
+
+    def _end_building(self) -> None:
+        """After the last program, and before anyone learns of it, the heap settles."""
+        with self._lock:
+            self._num_building -= 1
+            is_last = not (self._specs or self._num_building)
+        if is_last:
+            self._heap.settle()
 
     @contextlib.contextmanager
     def _clock(self, what: str) -> Iterator[None]:
