@@ -254,8 +254,9 @@ def sample(
         token = _checked(token, logits, processed)
         if group is not None:  # whatever a companion's own chain would have removed
             token = token[group[:, 0]]
-        raw_logprob = block_sums(logits).logprob(at_token(logits, token))
-        drawn = Drawn(token, token_logprob(processed, token), raw_logprob, processed)
+        drawn = Drawn(
+            token, token_logprob(processed, token), token_logprob(logits, token), processed
+        )
         leaves: dict[str, Any] = {_REPORT: report(token)}
         if jax.tree.leaves(aux):
             leaves["aux"] = aux

@@ -9,18 +9,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.vocab_blocks.blocks import LOWEST, BlockSums, in_blocks
+from pallas_kernels.vocab_blocks.blocks import LOWEST, WIDE_BLOCK, BlockSums, in_blocks
 
 
 def block_sums(x: Float[Array, "B V"], temperature: Float[Array, " B"] | None = None) -> BlockSums:
     """Maximum and sum of exponentials of every block; see `api.block_sums`."""
     blocks = in_blocks(x)
     if temperature is None:
-        top, total = _sums(blocks, 2)
-    else:
-        top = jnp.maximum(blocks.max(axis=2), LOWEST)
-        tempered = (blocks - top[:, :, None]) / temperature[:, None, None]
-        total = jnp.exp(tempered).sum(axis=2)
+        return _named(*_sums(blocks, 2))
+    top = jnp.maximum(blocks.max(axis=2), LOWEST)
+    tempered = (blocks - top[:, :, None]) / temperature[:, None, None]
+    return _named(top, jnp.exp(tempered).sum(axis=2), temperature)
+
+
+def wide_sums(x: Float[Array, "B V"]) -> BlockSums:
+    """Maximum and sum of exponentials of every `WIDE_BLOCK` tokens, for what XLA computes."""
+    return _named(*_sums(in_blocks(x, WIDE_BLOCK), 2))
+
+
+def _named(top: Array, total: Array, temperature: Array | None = None) -> BlockSums:
     # XLA's maximum on a CPU loses NaN; the sum does not.
     return BlockSums(jnp.where(jnp.isnan(total), jnp.nan, top), total, temperature)
 

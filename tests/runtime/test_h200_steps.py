@@ -19,6 +19,8 @@ from jaxengine.runtime.programs import ProgramKey, ProgramSpec
 from jaxengine.runtime.sharding import make_mesh
 from jaxengine.runtime.slots import slot_layout
 from jaxengine.sampling import (
+    LogitsTransform,
+    Param,
     Sampler,
     chain,
     default_sampler,
@@ -27,6 +29,7 @@ from jaxengine.sampling import (
     temperature,
     top_k_top_p_min_p,
     typical,
+    when,
 )
 from jaxengine.scheduler.buckets import Buckets
 from tests import deviceless
@@ -118,6 +121,29 @@ def test_a_sampler_of_a_call_copies_and_sorts_no_logits():
     assert deviceless.large_copies(program, min_elements=MIB // 4) == []
     sorts = [line for line in (program.as_text() or "").splitlines() if " sort(" in line]
     assert not [line for line in sorts if str(CONFIG.vocab_size) in line]
+
+
+def notebook_mirostat() -> LogitsTransform:
+    """As a user writes it: three passes over the logits before the draw's own."""
+
+    def apply(logits, mu, ctx):
+        bits = -jax.nn.log_softmax(logits) / jnp.log(2)
+        is_kept = (bits <= mu[:, None]) | (bits == bits.min(-1, keepdims=True))
+        return jnp.where(is_kept, logits, -jnp.inf)
+
+    def update(mu, drawn, ctx):
+        return mu - ctx.eta * (-drawn.raw_logprob / jnp.log(2) - ctx.tau)
+
+    values = {"tau": Param("float32", 0.0), "eta": Param("float32", 0.1)}
+    transform = LogitsTransform(apply, lambda ctx: 2 * ctx.tau, update, values)
+    return when(lambda ctx: ctx.tau > 0, transform)
+
+
+def test_a_users_transform_is_fused_into_the_draw():
+    factory, steps = bound(Sampler(chain(temperature(), notebook_mirostat())), 64)
+    program = compiled(factory.split(steps)[ProgramKey("draw", 64)])
+    is_made = rf"  %?\S+ = \(?\w+\[64,{CONFIG.vocab_size}\]\S* (fusion|copy|custom-call)\("
+    assert not [x for x in (program.as_text() or "").splitlines() if re.match(is_made, x)]
 
 
 def test_every_layer_calls_the_kernel_and_none_gathers_a_sequence(step):
