@@ -1,5 +1,6 @@
 """What XLA makes of the real prefill and decode steps for an H200, on a machine without one."""
 
+import dataclasses
 import functools
 import re
 
@@ -114,10 +115,17 @@ def test_kv_cache_is_aliased_and_nothing_large_is_copied(step):
     assert deviceless.large_copies(program, min_elements=MIB // 4) == []
 
 
+def compiled_draw(sampler: Sampler, kind: str) -> jax.stages.Compiled:
+    """Of 64 rows, in split form, by a sampler that a call brings along."""
+    factory, steps = bound(sampler, 64)
+    owner = steps.owner + 1
+    specs = factory.split(dataclasses.replace(steps, owner=owner))
+    return compiled(specs[ProgramKey(kind, 64, owner)])
+
+
 def test_a_sampler_of_a_call_copies_and_sorts_no_logits():
     sampler = Sampler(chain(dry(), temperature(), top_k_top_p_min_p(), typical(), mirostat_v2()))
-    factory, steps = bound(sampler, 64)
-    program = compiled(factory.split(steps)[ProgramKey("draw_lists", 64)])
+    program = compiled_draw(sampler, "draw_lists")
     assert deviceless.large_copies(program, min_elements=MIB // 4) == []
     sorts = [line for line in (program.as_text() or "").splitlines() if " sort(" in line]
     assert not [line for line in sorts if str(CONFIG.vocab_size) in line]
@@ -140,8 +148,7 @@ def notebook_mirostat() -> LogitsTransform:
 
 
 def test_a_users_transform_is_fused_into_the_draw():
-    factory, steps = bound(Sampler(chain(temperature(), notebook_mirostat())), 64)
-    program = compiled(factory.split(steps)[ProgramKey("draw", 64)])
+    program = compiled_draw(Sampler(chain(temperature(), notebook_mirostat())), "draw")
     is_made = rf"  %?\S+ = \(?\w+\[64,{CONFIG.vocab_size}\]\S* (fusion|copy|custom-call)\("
     assert not [x for x in (program.as_text() or "").splitlines() if re.match(is_made, x)]
 
