@@ -149,7 +149,8 @@ def notebook_mirostat() -> LogitsTransform:
 
 def test_a_users_transform_is_fused_into_the_draw():
     program = compiled_draw(Sampler(chain(temperature(), notebook_mirostat())), "draw")
-    is_made = rf"  %?\S+ = \(?\w+\[64,{CONFIG.vocab_size}\]\S* (fusion|copy|custom-call)\("
+    # Perhaps one of several results.
+    is_made = rf"  %?\S+ = [^=]*\[64,{CONFIG.vocab_size}\][^=]* (fusion|copy|custom-call)\("
     assert not [x for x in (program.as_text() or "").splitlines() if re.match(is_made, x)]
 
 
