@@ -14,6 +14,15 @@ type Output = Mapping[str, Any]
 TOLERANCES = {"float32": 2e-3, "bfloat16": 0.06, "float16": 0.02}
 """Nats by which a log-probability of the engine may differ from the plain path's, by dtype."""
 
+ROUNDING_FACTOR = 1.5
+"""How much further from float32 than plain rounding an engine may be. In six layers of 0.5B's width
+two plain ways to round differ by 8 % in the largest of 6,300 errors, by 1 % in the root of the mean
+square; gate and up products that are 1 % too large make it 1.8 times as large.
+"""
+
+RMS_SHARE = 0.05
+"""Root of the mean square that is allowed in any case, as a share of the tolerance."""
+
 MAX_JUDGED = 4
 """Requests of a workload that are compared with the plain path."""
 
@@ -62,6 +71,35 @@ class Comparison(NamedTuple):
     numbers: dict[str, float]
 
 
+class Errors(NamedTuple):
+    """Differences of log-probabilities, in nats.
+
+    Attributes:
+      largest: Of their absolute values.
+      rms: Root of the mean square.
+    """
+
+    largest: float
+    rms: float
+
+    @classmethod
+    def of(cls, parts: Sequence[np.ndarray]) -> "Errors":
+        """Of all parts together."""
+        every = np.concatenate(parts)
+        return cls(float(np.abs(every).max()), float(np.sqrt(np.square(every).mean())))
+
+
+def allowed_errors(plain: Errors, tolerance: float) -> Errors:
+    """What an engine may be off where the plain path in its dtype is off by `plain`.
+
+    A large model rounds more often, and its logits are larger; what that costs is measured.
+    """
+    return Errors(
+        max(tolerance, ROUNDING_FACTOR * plain.largest),
+        max(tolerance * RMS_SHARE, ROUNDING_FACTOR * plain.rms),
+    )
+
+
 def judged_call(call: Call, num_rows: int) -> Call:
     """The call whose outputs can be compared: as many rows as run at once, with logprobs."""
     is_greedy = call.sampling_params[0].get("temperature") == 0
@@ -71,40 +109,62 @@ def judged_call(call: Call, num_rows: int) -> Call:
 
 
 def compare(
-    call: Call, outputs: Sequence[Output], model: PlainModel, tolerance: float
+    call: Call,
+    outputs: Sequence[Output],
+    plain: PlainModel,
+    rounded: PlainModel,
+    tolerance: float,
 ) -> Comparison:
-    """Compares some requests of a `judged_call`, spread over it, with the plain path."""
+    """Compares some requests of a `judged_call`, spread over it, with the plain path.
+
+    Args:
+      call: What was asked.
+      outputs: What came.
+      plain: In float32.
+      rounded: The plain path in the engine's dtype.
+      tolerance: In nats; more is allowed where `rounded` needs it, see `allowed_errors`.
+    """
     chosen = np.linspace(0, len(outputs) - 1, min(MAX_JUDGED, len(outputs))).astype(int)
-    errors: list[float] = []
-    num_places, num_decided, num_equal, is_allowed = 0, 0, 0, True
+    errors: list[np.ndarray] = []
+    rounding: list[np.ndarray] = []
+    places: list[tuple[Judged, np.ndarray, Mapping[str, Any]]] = []
     for index in chosen:
         output, params = outputs[index], call.sampling_params[index]
         ids, meta = output["output_ids"], output["meta_info"]
         tops = meta.get("output_top_logprobs") or [[]] * len(ids)
         listed = np.asarray([[entry[1] for entry in top] for top in tops], np.int32)
-        judged = model.judge(call.input_ids[index], ids, listed)
-        raw = np.asarray(meta["output_token_raw_logprobs"])
-        errors.append(float(np.abs(raw - judged.logprob).max()))
-        if listed.size:
-            values = np.asarray([[entry[0] for entry in top] for top in tops])
-            errors.append(float(np.abs(values - judged.listed).max()))
-        num_places += len(ids)
-        if params.get("temperature") == 0:
-            is_decided = judged.margin > tolerance
-            num_decided += int(is_decided.sum())
-            num_equal += int((judged.best == np.asarray(ids))[is_decided].sum())
-        else:
-            is_allowed &= _is_allowed(judged, params, tolerance)
+        values = np.asarray([[entry[0] for entry in top] for top in tops])
+        text = (call.input_ids[index], ids, listed)
+        judged = plain.judge(*text)
+        reported = np.column_stack([meta["output_token_raw_logprobs"], values])
+        errors.append((reported - judged.logprobs).ravel())
+        rounding.append((rounded.judge(*text).logprobs - judged.logprobs).ravel())
+        places.append((judged, np.asarray(ids), params))
+    found, plain_error = Errors.of(errors), Errors.of(rounding)
+    allowed = allowed_errors(plain_error, tolerance)
+    decided = [
+        (judged.best == ids)[judged.margin > allowed.largest]
+        for judged, ids, params in places
+        if params.get("temperature") == 0
+    ]
     checks = {
-        "logprobs_as_plain": max(errors) <= tolerance,
-        "decided_tokens_as_plain": num_equal == num_decided,
-        "tokens_pass_filters": is_allowed,
+        "logprobs_as_plain": found.largest <= allowed.largest and found.rms <= allowed.rms,
+        "decided_tokens_as_plain": all(equal.all() for equal in decided),
+        "tokens_pass_filters": all(
+            _is_allowed(judged, params, tolerance)
+            for judged, _, params in places
+            if params.get("temperature") != 0
+        ),
     }
     numbers = {
-        "max_logprob_error": max(errors),
-        "tolerance": tolerance,
-        "num_places": num_places,
-        "num_decided": num_decided,
+        "max_logprob_error": found.largest,
+        "rms_logprob_error": found.rms,
+        "plain_max_logprob_error": plain_error.largest,
+        "plain_rms_logprob_error": plain_error.rms,
+        "tolerance": allowed.largest,
+        "rms_tolerance": allowed.rms,
+        "num_places": sum(len(ids) for _, ids, _ in places),
+        "num_decided": sum(map(len, decided)),
     }
     return Comparison(checks, numbers)
 

@@ -72,14 +72,16 @@ class Subject(NamedTuple):
       engine: It.
       shape: Name of its model shape.
       startup: Seconds its start took, and what it says of them.
-      plain: The same model by the plain path.
-      tolerance: In which the two must agree, in nats.
+      plain: The same model by the plain path, in float32.
+      rounded: By the plain path in the engine's dtype.
+      tolerance: In which they must agree, in nats, unless rounding alone costs more.
     """
 
     engine: Engine
     shape: str
     startup: dict[str, Any]
     plain: PlainModel
+    rounded: PlainModel
     tolerance: float
 
 
@@ -118,8 +120,11 @@ def open_engine(shape: str, options: Options) -> Subject:
         "programs": stats["programs"],
     }
     tolerance = checks.TOLERANCES[engine.config.dtype]
-    plain = PlainModel(engine.model_config, engine.params, tolerance)
-    return Subject(engine, shape, startup, plain, tolerance)
+    plain, rounded = (
+        PlainModel(engine.model_config, engine.params, tolerance, dtype)
+        for dtype in ("float32", engine.config.dtype)
+    )
+    return Subject(engine, shape, startup, plain, rounded, tolerance)
 
 
 def make_engine(
@@ -280,7 +285,9 @@ def _check(
     try:
         judged = checks.judged_call(call, engine.config.max_running_requests or 1)
         outputs = generate(engine, judged)
-        comparison = checks.compare(judged, outputs, subject.plain, subject.tolerance)
+        comparison = checks.compare(
+            judged, outputs, subject.plain, subject.rounded, subject.tolerance
+        )
     except Exception as error:
         # The oracle may need more memory than the engine leaves; what was timed is not lost.
         traceback.print_exception(error)

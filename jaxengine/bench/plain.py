@@ -1,4 +1,6 @@
-"""The oracle of a bench: the whole text in one dense forward, in float32, without cache or kernel.
+"""The oracle of a bench: the whole text in one dense forward, without cache or kernel, in float32.
+
+In the engine's dtype the same forward tells how far rounding alone, by XLA, goes from float32.
 
 Teacher-forced: at every place it is fed what the engine drew before, so one early difference of
 rounding costs one place, not all that follow.
@@ -44,17 +46,26 @@ class Judged(NamedTuple):
     mass: Any
     peak: Any
 
+    @property
+    def logprobs(self) -> Any:
+        """Of the token and of the listed ids: [n, 1 + K]."""
+        return np.column_stack([self.logprob, self.listed])
+
 
 class PlainModel:
     """A model's dense forward over one text."""
 
-    def __init__(self, config: ModelConfig, params: Params, tolerance: float) -> None:
+    def __init__(
+        self, config: ModelConfig, params: Params, tolerance: float, dtype: str = "float32"
+    ) -> None:
         """Args:
         config: The model's shape.
-        params: The engine's arrays; products are taken in float32.
+        params: The engine's arrays.
         tolerance: In nats.
+        dtype: Of weights and activations in this forward.
         """
-        self._model = BoundModel(MODELS[config.architecture], config, jnp.dtype("float32"))
+        self._dtype = jnp.dtype(dtype)
+        self._model = BoundModel(MODELS[config.architecture], config, self._dtype)
         self._params = params
         self._judge = jax.jit(self._judge_padded)
         self._tolerance = tolerance
@@ -87,7 +98,7 @@ class PlainModel:
     ) -> Judged:
         ctx = ForwardContext(kernels="reference", attend=dense_attention(1))
         with jax.default_matmul_precision("highest"):
-            params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+            params = jax.tree.map(lambda leaf: leaf.astype(self._dtype), params)
             model = self._model.bind(params)
             hidden, _ = model(ids, jnp.arange(len(ids)), None, None, ctx)
 

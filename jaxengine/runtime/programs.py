@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from jaxengine.errors import EngineDeadError
 from jaxengine.log import logger
 from jaxengine.runtime.executables import ExecutableCache, ProgramSpec
+from jaxengine.runtime.heap import Heap
 
 
 class ProgramKey(NamedTuple):
@@ -67,6 +68,7 @@ class Programs:
         self._queue: queue.PriorityQueue = queue.PriorityQueue()
         self._tickets = itertools.count()
         self._lock = threading.Lock()
+        self._num_building = 0
         self._tracing = threading.Lock()
         self._stopped = False
         self.num_compiled = 0
@@ -83,6 +85,7 @@ class Programs:
             threading.Thread(target=self._work, name=f"jaxengine-compile-{i}", daemon=True)
             for i in range(workers)
         ]
+        self._heap = Heap()
         # Compiling while the interpreter ends would crash it; jax's own hook then runs after this.
         atexit.register(self.stop)
         try:
@@ -179,6 +182,7 @@ class Programs:
             for future in self._done.values():
                 if not future.done():
                     future.set_exception(error)
+        self._heap.close()
 
     def _put(self, rank: float, key: ProgramKey | None) -> None:
         self._queue.put((rank, next(self._tickets), key))
@@ -190,9 +194,11 @@ class Programs:
                 break
             with self._lock:
                 spec, future = self._specs.pop(key, None), self._done.get(key)
-            if spec is not None and future is not None:
-                self._build(key, spec, future)
-            del spec
+                if spec is None or future is None:
+                    continue
+                self._num_building += 1
+            self._build(key, spec, future)
+            del spec  # it holds a sampler's functions
 
     def _build(self, key: ProgramKey, spec: ProgramSpec, future: Future) -> None:
         cache = self._cache if spec.is_cached else None
@@ -209,14 +215,24 @@ class Programs:
                 if cache:
                     cache.store(spec, program)
         except BaseException as error:
+            self._end_building()
             future.set_exception(error)
         else:
             with self._lock:
                 self.num_loaded += was_loaded
                 self.num_compiled += not was_loaded
+            self._end_building()
             future.set_result(program)
         if key in self._initial:
             self._report(spec)
+
+    def _end_building(self) -> None:
+        """After the last program, and before anyone learns of it, the heap settles."""
+        with self._lock:
+            self._num_building -= 1
+            is_last = not (self._specs or self._num_building)
+        if is_last:
+            self._heap.settle()
 
     @contextlib.contextmanager
     def _clock(self, what: str) -> Iterator[None]:

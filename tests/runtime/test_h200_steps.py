@@ -170,6 +170,19 @@ def test_every_layer_calls_the_kernel_and_none_gathers_a_sequence(step):
     assert longest <= size * CONFIG.hidden_size, "more than the embeddings was gathered"
 
 
+def test_little_stands_around_the_layers_of_a_single_row(step):
+    """Every kernel of a step costs about two microseconds, however little it does."""
+    (kind, size), program, _ = step
+    if (kind, size) != ("decode", 1):
+        pytest.skip("with more rows these kernels weigh less")
+    text = program.as_text() or ""
+    bodies = {text[text.index(f"\n%{name} ") :] for name in re.findall(r"body=%([\w.\-]+)", text)}
+    body = max((body[: body.index("\n}")] for body in bodies), key=len)
+    kernels = re.findall(r"  %(\S+) = .* (?:fusion|custom-call|copy|conditional)\(.*", body)
+    around = [name for name in kernels if not name.startswith("pallas_call")]
+    assert len(around) <= 17, around
+
+
 def test_temperature_and_filters_write_nothing_of_the_logits_size(step):
     """On their routes kernels take the model's logits as they lie."""
     (kind, size), program, _ = step
