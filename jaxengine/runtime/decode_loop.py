@@ -306,7 +306,8 @@ class SamplerSteps:
             arrays,
             begins=True,
             has_lists=has_lists,
-            has_shortcuts=False,
+            # Somebody waits for the compiler between the edit of a cell and its first token.
+            has_shortcuts=self.owner == 0,
         )
         drawing = jnp.where(cursor.is_done, batch.DROPPED, rows.slot_ids)
         slots = self.forward.layout.write(slots, drawing, end._asdict())
