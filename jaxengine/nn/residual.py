@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 from jaxengine.nn.attention import ForwardContext
 from jaxengine.nn.layers import Linear, RMSNorm
 from pallas_kernels.add_norm import add_norm, num_parts
-from pallas_kernels.fused_linear.api import is_faster
+from pallas_kernels.fused_linear.api import is_faster, product_parts
+from pallas_kernels.fused_linear.tuning import find_parts_config
 
 
 class Residual(NamedTuple):
@@ -56,11 +57,12 @@ def add_product(
         return Residual(linear(inner, ctx, residual=residual))
     assert isinstance(linear, Linear)
     weight = linear.weight[...]
-    parts = jax.lax.dot_general(
-        inner.reshape(len(inner), count, -1),
-        weight.reshape(len(weight), count, -1),
-        (((2,), (2,)), ((1,), (1,))),
-        preferred_element_type=jnp.float32,
+    has_tiles = find_parts_config(inner) is not None
+    parts = product_parts(
+        inner,
+        weight,
+        num_parts=count,
+        implementation=ctx.kernels if has_tiles else "reference",
     )
     return Residual(residual, parts)
 

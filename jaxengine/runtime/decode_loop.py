@@ -59,7 +59,7 @@ class _Window(NamedTuple):
     """Carry of the decode loop."""
 
     step: Int[Array, ""]
-    cursor: Cursor
+    cursor: Int[Array, "B 4"]  # packed
     kv_cache: list[Array]
     token_counts: Int[Array, "S V"]
     sampler: SamplerState
@@ -210,13 +210,14 @@ class SamplerSteps:
         layout = self.window_result(has_hidden=has_hidden)
 
         def step(w: _Window) -> _Window:
+            before = Cursor.unpack(w.cursor)
             hidden, kv_cache, counts = forward.run_decode(
-                params, w.kv_cache, w.token_counts, rows, w.cursor
+                params, w.kv_cache, w.token_counts, rows, before
             )
             logits = model.logits(hidden.final, forward.ctx)
             drawn, sampler, cursor = self._draw(
                 group,
-                w.cursor,
+                before,
                 logits,
                 hidden.final,
                 counts,
@@ -230,21 +231,22 @@ class SamplerSteps:
             if has_hidden:
                 reported[HIDDEN] = hidden.reported
             out = results.put(w.out, w.step, results.pack(reported, layout))
-            return _Window(w.step + 1, cursor, kv_cache, counts, sampler, out)
+            return _Window(w.step + 1, cursor.pack(), kv_cache, counts, sampler, out)
 
         end = jax.lax.while_loop(
-            lambda w: (w.step < num_steps) & ~w.cursor.is_done.all(),
+            lambda w: (w.step < num_steps) & ~Cursor.unpack(w.cursor).is_done.all(),
             step,
             _Window(
                 step=jnp.int32(0),
-                cursor=forward.cursor(rows),
+                cursor=forward.cursor(rows).pack(),
                 kv_cache=state.kv_cache,
                 token_counts=state.token_counts,
                 sampler=gather(seats.state, rows.slot_ids),
                 out=results.empty(layout, num_rows, forward.buckets.max_window_steps),
             ),
         )
-        columns = {**end.cursor._asdict(), "num_counted": end.cursor.position}
+        cursor = Cursor.unpack(end.cursor)
+        columns = {**cursor._asdict(), "num_counted": cursor.position}
         state = DeviceState(
             kv_cache=end.kv_cache,
             slots=forward.layout.write(state.slots, rows.slot_ids, columns),
@@ -304,7 +306,8 @@ class SamplerSteps:
             arrays,
             begins=True,
             has_lists=has_lists,
-            has_shortcuts=False,
+            # Somebody waits for the compiler between the edit of a cell and its first token.
+            has_shortcuts=self.owner == 0,
         )
         drawing = jnp.where(cursor.is_done, batch.DROPPED, rows.slot_ids)
         slots = self.forward.layout.write(slots, drawing, end._asdict())

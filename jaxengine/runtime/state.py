@@ -72,6 +72,16 @@ class Cursor(NamedTuple):
     num_generated: Int[Array, " B"]
     is_done: Bool[Array, " B"]
 
+    def pack(self) -> Int[Array, "B 4"]:
+        """One array, as a loop carries it: each of its own would be a kernel in every step."""
+        return jnp.stack([column.astype(jnp.int32) for column in self], axis=1)
+
+    @classmethod
+    def unpack(cls, packed: Int[Array, "B 4"]) -> "Cursor":
+        """What was packed."""
+        token, position, num_generated, is_done = packed.T
+        return cls(token, position, num_generated, is_done.astype(bool))
+
 
 def edit_table(
     layout: TableLayout, table: Int[Array, "S W"], edits: Segments, prefix: str = ""
@@ -112,6 +122,11 @@ def count_tokens(
     unique: bool,
 ) -> Int[Array, "S V"]:
     """Counts generated tokens, each when it is fed to the model."""
+    if len(tokens) == 1:
+        # Read, add, write of a cell that is there: one kernel, where a scatter of one is three.
+        cell = (slot_ids[0], tokens[0])
+        count = jax.lax.dynamic_slice(counts, cell, (1, 1)) + is_counted.astype(counts.dtype)
+        return jax.lax.dynamic_update_slice(counts, count, cell)
     rows = jnp.where(is_counted, slot_ids, batch.DROPPED)
     one = jnp.ones((), counts.dtype)
     return counts.at[rows, tokens].add(one, mode="drop", unique_indices=unique)

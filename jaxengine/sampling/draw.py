@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxengine.sampling.context import SamplingContext
 from jaxengine.sampling.transforms import Needs
 from jaxengine.types import Param
-from pallas_kernels.vocab_blocks import BLOCK, BlockSums, block_sums, tokens_of
+from pallas_kernels.vocab_blocks import WIDE_BLOCK, BlockSums, tokens_of, wide_sums
 
 type TokensOf = Callable[[Int[Array, " B"]], Float[Array, "B n"]]
 """The logits of one block of each row."""
@@ -47,8 +47,8 @@ class Draw(NamedTuple):
 
 def _gumbel_max(logits: Float[Array, "B V"], state: Any, ctx: SamplingContext) -> Int[Array, " B"]:
     # XLA fuses what computes the logits into the pass that sums their blocks.
-    sums = block_sums(logits, implementation="reference")
-    return _by_blocks(sums, functools.partial(tokens_of, logits), ctx)
+    of_block = functools.partial(tokens_of, logits, width=WIDE_BLOCK)
+    return _by_blocks(wide_sums(logits), of_block, ctx)
 
 
 def _by_blocks(
@@ -63,7 +63,7 @@ def _by_blocks(
     block = most(sums.log, ctx.key, sums.max)
     tokens = tokens_of_block(block)
     keys = jax.vmap(jax.random.fold_in, (0, None))(ctx.key, _IN_BLOCK_STREAM)
-    return (block * BLOCK + most(tokens, keys, tokens)).astype(jnp.int32)
+    return (block * tokens.shape[-1] + most(tokens, keys, tokens)).astype(jnp.int32)
 
 
 _IN_BLOCK_STREAM = 0x626C6B
@@ -76,7 +76,7 @@ def _is_greedy(ctx: SamplingContext) -> Bool[Array, " B"]:
 
 
 gumbel_max = Draw(_gumbel_max, is_greedy=_is_greedy, by_blocks=_by_blocks)
-"""argmax(x + Gumbel noise) draws from softmax(x): here a block of 128 tokens by the log-sum-exp of
+"""argmax(x + Gumbel noise) draws from softmax(x): here a block of tokens by the log-sum-exp of
 its logits, then a token of that block. The distribution is that of noise on every token, for one
 pass over the logits and a hundredth of the noise. Rows of temperature 0 are greedy, ties going to
 the lowest id.

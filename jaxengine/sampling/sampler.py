@@ -201,8 +201,8 @@ def sample(
       ctx: The rows; its `arrays` are the sampler's, its `history` is `state.history`.
       wants: Which rows want which logprobs; what no row wants is not computed.
       group: For a sampler that combines, the rows of each row's group, its leader first.
-      has_shortcuts: Steps whose rows leave the logits as they are have paths of their own, which
-        are faster, and take longer to compile.
+      has_shortcuts: Steps whose rows have little on, or nothing, have paths of their own, which are
+        faster, and take longer to compile.
     """
     if sampler.combine is not None and group is not None:
         combine = _as_combine(sampler.combine).apply
@@ -214,7 +214,7 @@ def sample(
     outside = ctx.narrowed(sampler.draw.needs.history, draw_arrays)
     wants = wants.among(ctx.active)
     every = tuple(each_stage(sampler.stages, state.stages, inside))
-    routes = routes_of(every)
+    routes = routes_of(every) if has_shortcuts else routes_of(every)[:1]
     has_shortcuts = has_shortcuts and all(stage.is_on for stage, *_ in every)
     # All routes or none: a row's token must not depend on the route its step takes.
     tail = tail_of(routes[0])

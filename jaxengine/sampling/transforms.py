@@ -197,7 +197,8 @@ def when(
 ) -> LogitsTransform:
     """Rows where `predicate(ctx)` is False pass unchanged and keep their state.
 
-    A step in which it is False everywhere does not run the transform at all.
+    A step in which it is False everywhere does not run the transform at all, once the sampler is
+    compiled into the windows.
     """
 
     def is_on(ctx: SamplingContext) -> Bool[Array, "*B"]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.fused_linear import jax_triton, mosaic, reference, triton, tuning
+from pallas_kernels.fused_linear import jax_triton, mosaic, reference, tiles, triton, tuning
 from pallas_kernels.fused_linear.kernel_call import Glu
 
 IMPLEMENTATIONS = {
@@ -67,6 +67,48 @@ def fused_linear(
         eps=eps,
         glu=glu,
         on_gpu="mosaic" if isinstance(config, tuning.ManyRowsConfig) else "triton",
+    )
+
+
+PARTS_IMPLEMENTATIONS = {
+    "reference": reference.parts,
+    "triton": tiles.parts,
+    "triton_interpret": functools.partial(tiles.parts, interpret=True),
+}
+
+
+def product_parts(
+    x: Float[Array, "M K"],
+    weight: Float[Array, "N K"],
+    *,
+    num_parts: int,
+    implementation: dispatch.Implementation | None = None,
+) -> Float[Array, "S M N"]:
+    """Cuts the depth of `x @ weight.T` into `num_parts` products, which are left to be added up.
+
+    Args:
+      x: One row per token.
+      weight: [out, in].
+      num_parts: A divisor of the depth.
+      implementation: "reference", "triton" or "triton_interpret"; None takes the kernel where it
+        is faster on a GPU, and else the reference.
+
+    Returns:
+      The parts, in float32. The same arguments give the same bits in every run.
+
+    Raises:
+      ValueError: Shapes do not fit together.
+      NotImplementedError: The implementation that was asked for cannot serve these arguments.
+    """
+    if x.shape[1] != weight.shape[1] or x.shape[1] % num_parts:
+        raise ValueError(
+            "`x` [rows, in] and `weight` [out, in] must have a depth that `num_parts` divides. Got "
+            f"{x.shape}, {weight.shape} and {num_parts}."
+        )
+    if implementation is None and tuning.find_parts_config(x) is None:
+        implementation = "reference"
+    return dispatch.call(
+        "product_parts", PARTS_IMPLEMENTATIONS, implementation, x, weight, num_parts=num_parts
     )
 
 

@@ -48,3 +48,16 @@ def fused_linear(
         gate, up = jnp.split(out, 2, axis=-1)
         out = glu(gate) * up
     return out if residual is None else residual + out
+
+
+def parts(
+    x: Float[Array, "M K"], weight: Float[Array, "N K"], *, num_parts: int
+) -> Float[Array, "S M N"]:
+    """The parts as one more axis of the product; see `api.product_parts`."""
+    return jax.lax.dot_general(
+        x.reshape(len(x), num_parts, -1),
+        weight.reshape(len(weight), num_parts, -1),
+        (((2,), (2,)), ((1,), (1,))),
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )

@@ -97,17 +97,17 @@ def _decode_kernel(
     kv_head, row, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     out_ref, new_kv_ref = refs[:2] if call.num_splits == 1 else refs[1:3]
     heads = kv_head * call.group + jnp.arange(call.packed)
+    # A program takes about as long as the loads that wait for one another, so what it begins with
+    # is asked for before anything is computed, and the new token is written last.
+    kv_len = kv_lens_ref[row]
+    pages = _load_pages(page_table_ref, row, split, call)
     token = _load_new_token(qkv_ref, cos_ref, sin_ref, row, kv_head, heads, call)
-    num_cached = jnp.maximum(kv_lens_ref[row] - 1, 0)
+    num_cached = jnp.maximum(kv_len - 1, 0)
 
     def attend() -> _Softmax:
-        # A program takes about as long as the loads that wait for one another, so what the loop
-        # begins with is asked for before anything is computed, and the new token is written last.
-        first, last = _split_range(num_cached, split, call.num_splits, call.config)
-        pages = _load_pages(page_table_ref, row, first, call)
         new_page = page_table_ref[row, jax.lax.div(num_cached, call.page_size)]
         q, k, v = _rotate_new_token(token, call)
-        is_first = (split == 0) & (kv_lens_ref[row] > 0)
+        is_first = (split == 0) & (kv_len > 0)
 
         # The new token is not read back from its page: the softmax of the first split begins
         # with it.
@@ -118,9 +118,8 @@ def _decode_kernel(
             total=jnp.where(is_first, jnp.ones_like(score), 0.0),
             acc=jnp.where(is_first, value, 0.0),
         )
-        tiles = first, last
         softmax = _attend_cached(
-            q, begin, kv_ref, page_table_ref, row, kv_head, tiles, pages, num_cached, call
+            q, begin, kv_ref, page_table_ref, row, kv_head, split, pages, num_cached, call
         )
 
         @pl.when(is_first)
@@ -142,7 +141,7 @@ def _decode_kernel(
         store_out(average(attend()))
         return
     arrivals_ref, _, _, partial_ref, lse_ref = refs
-    num_live = _num_live_splits(num_cached, call.num_splits, call.config)
+    num_live = _num_live_splits(num_cached, call)
 
     @pl.when(split < num_live)
     def _live():
@@ -176,7 +175,7 @@ class _NewToken(NamedTuple):
     k: tuple[jax.Array, jax.Array]  # [1, H]
     v: jax.Array  # [1, H]
     cos: jax.Array  # [1, H]
-    sin: jax.Array  # [1, H], its sign for the half that it turns
+    sin: jax.Array  # [1, H]
 
 
 def _load_new_token(
@@ -193,21 +192,22 @@ def _load_new_token(
     def load_pairs(heads, mask=None):
         return load(heads, call.dims, mask), load(heads, partner, mask)
 
-    sin = pltriton.load(sin_ref.at[row, call.dims % half])
     return _NewToken(
         q=load_pairs(heads, call.in_group[:, None]),
         k=load_pairs(key_head),
         v=load(key_head + call.num_kv_heads, call.dims),
         cos=pltriton.load(cos_ref.at[row, call.dims % half]),
-        sin=jnp.where(call.dims < half, -sin, sin),
+        sin=pltriton.load(sin_ref.at[row, call.dims % half]),
     )
 
 
 def _rotate_new_token(token: _NewToken, call: _Call) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rotated queries of a group [packed, H], rotated key and value [1, H]."""
 
+    sin = jnp.where(call.dims < call.head_dim // 2, -token.sin, token.sin)
+
     def rotate(own, other):
-        rotated = own.astype(jnp.float32) * token.cos + other.astype(jnp.float32) * token.sin
+        rotated = own.astype(jnp.float32) * token.cos + other.astype(jnp.float32) * sin
         return rotated.astype(own.dtype)
 
     return rotate(*token.q), rotate(*token.k), token.v
@@ -228,19 +228,24 @@ def _attend_cached(
     page_table_ref,
     row: jax.Array,
     kv_head: jax.Array,
-    tiles: tuple[jax.Array, jax.Array],
+    split: jax.Array,
     pages: jax.Array,
     num_cached: jax.Array,
     call: _Call,
 ) -> _Softmax:
-    """Goes on with a softmax over the tiles of a split, the first of which lies in `pages`."""
-    block_kv = call.config.block_kv
+    """Goes on with a softmax over the tiles of a split, the first of which lies in `pages`.
 
-    def attend_tile(tile, carry):
+    The splits of a row take its tiles in turn: where a split begins does not hang on the length.
+    """
+    block_kv = call.config.block_kv
+    stride = _num_live_splits(num_cached, call)
+
+    def attend_tile(i, carry):
         # The ids of the next tile's pages are fetched one tile ahead: then the address of a key
         # is known when its tile begins, and the compiler can keep several tiles in flight.
         page, (top, total, acc) = carry
-        next_page = _load_pages(page_table_ref, row, tile + 1, call)
+        tile = split + i * stride
+        next_page = _load_pages(page_table_ref, row, tile + stride, call)
         position = tile * block_kv + jnp.arange(block_kv)
         valid = position < num_cached
         key_row = call.key_rows(page, kv_head, position)[:, None]
@@ -255,7 +260,8 @@ def _attend_cached(
         acc = acc * rescale[:, None] + dot(weights.astype(v.dtype), v)
         return next_page, _Softmax(new_top, total * rescale + weights.sum(axis=1), acc)
 
-    _, softmax = jax.lax.fori_loop(*tiles, attend_tile, (pages, begin))
+    num_own = pl.cdiv(pl.cdiv(num_cached, block_kv) - split, stride)
+    _, softmax = jax.lax.fori_loop(0, num_own, attend_tile, (pages, begin))
     return softmax
 
 
@@ -296,24 +302,13 @@ def _combine_splits(
     return jax.lax.fori_loop(0, pl.cdiv(num_live, _COMBINED_AT_ONCE), merge, begin)
 
 
-def _split_tiles(num_cached: jax.Array, num_splits: int, config: TuningConfig) -> jax.Array:
-    num_tiles = pl.cdiv(num_cached, config.block_kv)
-    return jnp.maximum(pl.cdiv(num_tiles, num_splits), config.min_split_tiles)
-
-
-def _split_range(
-    num_cached: jax.Array, split: jax.Array, num_splits: int, config: TuningConfig
-) -> tuple[jax.Array, jax.Array]:
-    """Tiles [first, last) of a split; empty when the row needs fewer splits."""
-    split_tiles = _split_tiles(num_cached, num_splits, config)
-    first = split * split_tiles
-    return first, jnp.minimum(first + split_tiles, pl.cdiv(num_cached, config.block_kv))
-
-
-def _num_live_splits(num_cached: jax.Array, num_splits: int, config: TuningConfig) -> jax.Array:
+def _num_live_splits(num_cached: jax.Array, call: _Call) -> jax.Array | int:
     """Splits that have something to read; the first is always live."""
-    num_tiles = pl.cdiv(num_cached, config.block_kv)
-    return jnp.maximum(pl.cdiv(num_tiles, _split_tiles(num_cached, num_splits, config)), 1)
+    if call.num_splits == 1:
+        return 1
+    num_tiles = pl.cdiv(num_cached, call.config.block_kv)
+    useful = pl.cdiv(num_tiles, call.config.min_split_tiles)
+    return jnp.clip(useful, 1, call.num_splits)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))

@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, Int
 BLOCK = 128
 """Tokens of a block."""
 
+WIDE_BLOCK = 512
+"""Tokens of a block whose sums XLA makes: what one warp of such a reduction reads."""
+
 LOWEST = float(np.finfo(np.float32).min)
 """Stands for the maximum of a block that has no tokens left."""
 
@@ -54,16 +57,18 @@ class BlockSums(NamedTuple):
         return (block * BLOCK + place).astype(jnp.int32)
 
 
-def in_blocks(x: Float[Array, "B V"]) -> Float[Array, "B blocks width"]:
+def in_blocks(x: Float[Array, "B V"], width: int = BLOCK) -> Float[Array, "B blocks width"]:
     """The tokens by blocks; the last one is filled up with -inf."""
-    num_rows, width = x.shape
-    num_blocks = -(-width // BLOCK)
-    if width % BLOCK:
-        missing = num_blocks * BLOCK - width
+    num_rows, vocab_size = x.shape
+    num_blocks = -(-vocab_size // width)
+    if vocab_size % width:
+        missing = num_blocks * width - vocab_size
         x = jnp.pad(x, ((0, 0), (0, missing)), constant_values=-jnp.inf)
-    return x.reshape(num_rows, num_blocks, BLOCK)
+    return x.reshape(num_rows, num_blocks, width)
 
 
-def tokens_of(x: Float[Array, "B V"], block: Int[Array, " B"]) -> Float[Array, "B width"]:
+def tokens_of(
+    x: Float[Array, "B V"], block: Int[Array, " B"], width: int = BLOCK
+) -> Float[Array, "B width"]:
     """The tokens of one block of each row."""
-    return jnp.take_along_axis(in_blocks(x), block[:, None, None], axis=1)[:, 0]
+    return jnp.take_along_axis(in_blocks(x, width), block[:, None, None], axis=1)[:, 0]

@@ -9,18 +9,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.vocab_blocks.blocks import LOWEST, BlockSums, in_blocks
+from pallas_kernels.vocab_blocks.blocks import LOWEST, WIDE_BLOCK, BlockSums, in_blocks
 
 
 def block_sums(x: Float[Array, "B V"], temperature: Float[Array, " B"] | None = None) -> BlockSums:
     """Maximum and sum of exponentials of every block; see `api.block_sums`."""
     blocks = in_blocks(x)
     if temperature is None:
-        top, total = _sums(blocks, 2)
-    else:
-        top = jnp.maximum(blocks.max(axis=2), LOWEST)
-        tempered = (blocks - top[:, :, None]) / temperature[:, None, None]
-        total = jnp.exp(tempered).sum(axis=2)
+        return _named(*_sums(blocks, 2))
+    top = jnp.maximum(blocks.max(axis=2), LOWEST)
+    tempered = (blocks - top[:, :, None]) / temperature[:, None, None]
+    return _named(top, jnp.exp(tempered).sum(axis=2), temperature)
+
+
+def wide_sums(x: Float[Array, "B V"]) -> BlockSums:
+    """Maximum and sum of exponentials of every `WIDE_BLOCK` tokens, for what XLA computes."""
+    return _named(*_sums(in_blocks(x, WIDE_BLOCK), 2))
+
+
+def _named(top: Array, total: Array, temperature: Array | None = None) -> BlockSums:
     # XLA's maximum on a CPU loses NaN; the sum does not.
     return BlockSums(jnp.where(jnp.isnan(total), jnp.nan, top), total, temperature)
 
@@ -83,12 +90,21 @@ def _online(arrays: tuple[Array, ...], axis: int, num_strands: int) -> list[tupl
     tops, totals = tuple(top for top, _ in few), tuple(total for _, total in few)
     start = (jnp.float32(LOWEST),) * count + (jnp.float32(0),) * count
     out = jax.lax.reduce((*tops, *totals), start, merge, (axis,))
-    return list(zip(out[:count], out[count:], strict=True))
+    # What is removed counts where nothing is left; NaN stays.
+    sums = (
+        jnp.where(top == LOWEST, 0 * total, total)
+        for top, total in zip(out[:count], out[count:], strict=True)
+    )
+    return list(zip(out[:count], sums, strict=True))
 
 
 def _few_sums(x: Array, axis: int, num_strands: int) -> tuple[Array, Array]:
     """Maximum and sum of every few entries, far apart: cheaper than to merge each."""
-    strands = jnp.split(x, num_strands if x.shape[axis] % num_strands == 0 else 1, axis=axis)
+    if num_strands == 1 or x.shape[axis] % num_strands:
+        # Not by exponentials: the fewer uses of an entry, the more readily XLA fuses what computes
+        # it. A user's mirostat had two arrays of the logits' size written for the draw.
+        return jnp.maximum(x, LOWEST), jnp.ones_like(x)
+    strands = jnp.split(x, num_strands, axis=axis)
     # Finite even where all are removed: -inf - -inf is NaN.
     top = functools.reduce(jnp.maximum, strands, jnp.float32(LOWEST))
     return top, functools.reduce(jnp.add, (jnp.exp(strand - top) for strand in strands))

@@ -57,6 +57,7 @@ def test_kernel_is_the_sum_and_its_norm(spec: ArgSpec, seed: int):
     "rows, depth, columns, parts",
     [
         (16, 4864, 896, 8),
+        (64, 4864, 896, 4),
         (256, 4864, 896, 4),
         (512, 4864, 896, 4),
         (513, 4864, 896, 1),  # many rows, or columns: tiles enough as it is

@@ -1,5 +1,6 @@
 """The kernels compile for real GPUs, at every shape we name."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from pallas_kernels.filter_threshold import arg_specs as filter_specs
 from pallas_kernels.filter_threshold.api import filter_threshold
 from pallas_kernels.fused_linear import arg_specs as linear_specs
 from pallas_kernels.fused_linear import mosaic, tuning
-from pallas_kernels.fused_linear.api import fused_linear
+from pallas_kernels.fused_linear.api import fused_linear, product_parts
 from pallas_kernels.paged_decode_attention import arg_specs as decode_specs
 from pallas_kernels.paged_decode_attention.api import paged_decode_attention
 from pallas_kernels.ragged_prefill_attention import arg_specs as prefill_specs
@@ -100,6 +101,14 @@ def test_kernel_compiles_for_h200(op: Callable[..., Any], spec: Spec):
 )
 def test_kernel_compiles_for_h200_in_float32(op: Callable[..., Any], spec: Spec):
     assert_compiles("h200", op, spec, jnp.float32)
+
+
+@pytest.mark.parametrize("num_rows", [16, 64, 128])
+def test_product_in_parts_compiles_for_h200(num_rows: int):
+    x, weight = (deviceless.arg(shape, jnp.bfloat16) for shape in ((num_rows, 4864), (896, 4864)))
+    parts = functools.partial(product_parts, num_parts=4, implementation="triton")
+    compiled = deviceless.compile_for("h200", parts, x, weight)
+    assert str(compiled.as_text()).count(TRITON_CALL) == 1
 
 
 @pytest.mark.parametrize("op, spec", EDGE_CASES, ids=name_of)

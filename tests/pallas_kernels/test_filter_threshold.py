@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+import itertools
 import secrets
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import pytest
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.filter_threshold import api, triton
 from pallas_kernels.filter_threshold.arg_specs import ARG_SPECS, ArgSpec
+from pallas_kernels.filter_threshold.collect import Counts
 from pallas_kernels.vocab_blocks import block_sums
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
@@ -139,6 +142,40 @@ def test_a_refuted_guess_costs_passes_and_no_token(seed: int):
     logits, *settings = spec_named("corners-5000").arrays(seed)
     args = (logits[::5, :2000], *(x[::5] for x in settings))
     assert_right(args, triton.filter_threshold(*args, config=config, interpret=True))
+
+
+# Settings of top-k, top-p and min-p, of which the last moves no bracket.
+MIXED = [*itertools.product([1, -1, 5, 50, 500], [1.0, 0.5, 0.9, 0.95], [0.0, 0.01, 0.1])]
+
+
+def test_mixed_filters_find_their_tokens_in_one_pass(monkeypatch: pytest.MonkeyPatch):
+    """Thresholds are right though a pass of the finishing program would make them wrong.
+
+    Of a large vocabulary, for the smaller it is, the better brackets fit.
+    """
+    vocab_size = 151_936
+
+    def nothing_found(*args: Any, **how: Any) -> Counts:
+        none = jnp.float32(0)
+        return Counts(jnp.int32(0), none, jnp.int32(0), none + jnp.inf)
+
+    monkeypatch.setattr(triton, "collect", nothing_found)
+    rng = np.random.default_rng(0)
+    scales = np.repeat([0.5, 4.0], len(MIXED))[:, None]
+    logits = jnp.asarray(scales * rng.standard_normal((len(scales), vocab_size)), jnp.float32)
+    top_k, top_p, min_p = (np.asarray(x) for x in zip(*(2 * MIXED), strict=True))
+    args = (
+        logits,
+        jnp.asarray(top_k, jnp.int32),
+        jnp.asarray(top_p, jnp.float32),
+        jnp.asarray(min_p, jnp.float32),
+    )
+    temperature = np.full(len(scales), 0.8, np.float32)
+    sums = block_sums(logits, jnp.asarray(temperature), implementation="reference")
+    # What is kept of earlier traces would have the real pass.
+    op = inspect.unwrap(triton.filter_threshold)
+    run = jax.jit(functools.partial(op, interpret=True))
+    assert_right(args, run(*args, sums=sums), temperature)
 
 
 @pytest.mark.gpu

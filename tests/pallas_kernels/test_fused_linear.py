@@ -225,3 +225,46 @@ def test_arguments_that_do_not_fit_are_refused(change: dict[str, object], messag
     op = inspect.unwrap(api.fused_linear)
     with pytest.raises(ValueError, match=message):
         op(**args)
+
+
+PARTS = [
+    (16, 4864, 896, 8),
+    (64, 4864, 896, 4),
+    (128, 4864, 896, 4),
+    (5, 160, 70, 2),
+    (40, 600, 64, 3),
+]
+
+
+def assert_parts(implementation: Implementation, rows: int, depth: int, columns: int, parts: int):
+    spec = ArgSpec(name="", num_rows=rows, depth=depth, num_columns=columns)
+    args = spec.arrays(jnp.bfloat16, secrets.randbelow(1 << 30))
+    run_parts = functools.partial(api.product_parts, **args, num_parts=parts)
+    got = run_parts(implementation=implementation)
+    assert got.dtype == jnp.float32
+    x, weight = (np.asarray(args[name], np.float64) for name in ("x", "weight"))
+    want = np.einsum("msk,nsk->smn", x.reshape(rows, parts, -1), weight.reshape(columns, parts, -1))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(got, run_parts(implementation=implementation))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton_interpret"])
+@pytest.mark.parametrize("rows, depth, columns, parts", PARTS[3:])
+def test_parts_are_products_of_parts_of_the_depth(
+    rows: int, depth: int, columns: int, parts: int, implementation: Implementation
+):
+    assert_parts(implementation, rows, depth, columns, parts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows, depth, columns, parts", PARTS)
+def test_parts_on_a_gpu_are_products_of_parts_of_the_depth(
+    rows: int, depth: int, columns: int, parts: int
+):
+    assert_parts("triton", rows, depth, columns, parts)
+
+
+def test_a_depth_that_parts_do_not_divide_is_refused():
+    x, weight = jnp.zeros((2, 10), jnp.bfloat16), jnp.zeros((4, 10), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"`num_parts` divides. Got \(2, 10\), \(4, 10\) and 3"):
+        api.product_parts(x, weight, num_parts=3)

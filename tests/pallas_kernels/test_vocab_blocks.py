@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import vocab_blocks
-from pallas_kernels.vocab_blocks import BLOCK, LOWEST, BlockSums, reference
+from pallas_kernels.vocab_blocks import BLOCK, LOWEST, WIDE_BLOCK, BlockSums, reference
 from pallas_kernels.vocab_blocks.arg_specs import ARG_SPECS, ArgSpec
 
 type Op = Callable[..., BlockSums]
@@ -48,18 +48,28 @@ def log_sum_exp(x: np.ndarray) -> np.ndarray:
 def check(op: Op, spec: ArgSpec, seed: int) -> None:
     x = np.asarray(spec.array(seed))
     sums = op(jnp.asarray(x))
-    missing = -x.shape[1] % BLOCK
+    check_sums(sums, x, BLOCK)
+    np.testing.assert_array_equal(sums.argmax(jnp.asarray(x)), x.argmax(axis=-1))
+
+
+def check_sums(sums: BlockSums, x: np.ndarray, width: int) -> None:
+    missing = -x.shape[1] % width
     blocks = np.pad(x, ((0, 0), (0, missing)), constant_values=-np.inf)
-    blocks = blocks.reshape(len(x), -1, BLOCK)
+    blocks = blocks.reshape(len(x), -1, width)
     np.testing.assert_array_equal(sums.max, np.maximum(blocks.max(-1), LOWEST))
     np.testing.assert_allclose(sums.log, log_sum_exp(blocks), rtol=1e-6, atol=1e-5)
     np.testing.assert_allclose(sums.log_total, log_sum_exp(x), rtol=1e-6, atol=1e-5)
-    np.testing.assert_array_equal(sums.argmax(jnp.asarray(x)), x.argmax(axis=-1))
 
 
 @pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.name)
 def test_blocks_hold_maximum_and_sum(op: Op, spec: ArgSpec, seed: int):
     check(op, spec, seed)
+
+
+@pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.name)
+def test_wide_blocks_hold_maximum_and_sum(way: None, spec: ArgSpec, seed: int):
+    x = np.asarray(spec.array(seed))
+    check_sums(vocab_blocks.wide_sums(jnp.asarray(x)), x, WIDE_BLOCK)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """What XLA makes of the real prefill and decode steps for an H200, on a machine without one."""
 
+import dataclasses
 import functools
 import re
 
@@ -19,6 +20,8 @@ from jaxengine.runtime.programs import ProgramKey, ProgramSpec
 from jaxengine.runtime.sharding import make_mesh
 from jaxengine.runtime.slots import slot_layout
 from jaxengine.sampling import (
+    LogitsTransform,
+    Param,
     Sampler,
     chain,
     default_sampler,
@@ -27,6 +30,7 @@ from jaxengine.sampling import (
     temperature,
     top_k_top_p_min_p,
     typical,
+    when,
 )
 from jaxengine.scheduler.buckets import Buckets
 from tests import deviceless
@@ -111,13 +115,43 @@ def test_kv_cache_is_aliased_and_nothing_large_is_copied(step):
     assert deviceless.large_copies(program, min_elements=MIB // 4) == []
 
 
+def compiled_draw(sampler: Sampler, kind: str) -> jax.stages.Compiled:
+    """Of 64 rows, in split form, by a sampler that a call brings along."""
+    factory, steps = bound(sampler, 64)
+    owner = steps.owner + 1
+    specs = factory.split(dataclasses.replace(steps, owner=owner))
+    return compiled(specs[ProgramKey(kind, 64, owner)])
+
+
 def test_a_sampler_of_a_call_copies_and_sorts_no_logits():
     sampler = Sampler(chain(dry(), temperature(), top_k_top_p_min_p(), typical(), mirostat_v2()))
-    factory, steps = bound(sampler, 64)
-    program = compiled(factory.split(steps)[ProgramKey("draw_lists", 64)])
+    program = compiled_draw(sampler, "draw_lists")
     assert deviceless.large_copies(program, min_elements=MIB // 4) == []
     sorts = [line for line in (program.as_text() or "").splitlines() if " sort(" in line]
     assert not [line for line in sorts if str(CONFIG.vocab_size) in line]
+
+
+def notebook_mirostat() -> LogitsTransform:
+    """As a user writes it: three passes over the logits before the draw's own."""
+
+    def apply(logits, mu, ctx):
+        bits = -jax.nn.log_softmax(logits) / jnp.log(2)
+        is_kept = (bits <= mu[:, None]) | (bits == bits.min(-1, keepdims=True))
+        return jnp.where(is_kept, logits, -jnp.inf)
+
+    def update(mu, drawn, ctx):
+        return mu - ctx.eta * (-drawn.raw_logprob / jnp.log(2) - ctx.tau)
+
+    values = {"tau": Param("float32", 0.0), "eta": Param("float32", 0.1)}
+    transform = LogitsTransform(apply, lambda ctx: 2 * ctx.tau, update, values)
+    return when(lambda ctx: ctx.tau > 0, transform)
+
+
+def test_a_users_transform_is_fused_into_the_draw():
+    program = compiled_draw(Sampler(chain(temperature(), notebook_mirostat())), "draw")
+    # Perhaps one of several results.
+    is_made = rf"  %?\S+ = [^=]*\[64,{CONFIG.vocab_size}\][^=]* (fusion|copy|custom-call)\("
+    assert not [x for x in (program.as_text() or "").splitlines() if re.match(is_made, x)]
 
 
 def test_every_layer_calls_the_kernel_and_none_gathers_a_sequence(step):
@@ -126,14 +160,27 @@ def test_every_layer_calls_the_kernel_and_none_gathers_a_sequence(step):
     calls = [line for line in text.splitlines() if "__gpu$xla.gpu.triton" in line]
     in_layers = [line for line in calls if "/sample/" not in line]
     # At one row a layer is nothing but kernels: attention, and four products with all between. At
-    # 64 two of the products are kernels, and the sum of a third with its norm. A prefill writes the
+    # 64 three of the products are, one in parts, and their sum with its norm. A prefill writes the
     # new tokens and attends.
-    assert len(in_layers) == NUM_LAYERS * {1: 5, 64: 4, 1024: 2}[size]
+    assert len(in_layers) == NUM_LAYERS * {1: 5, 64: 5, 1024: 2}[size]
     for op in ("filter_threshold_collect", "top_k"):
         assert any(f"/{op}/" in line for line in calls)
     gathered = re.findall(r"bf16\[([\d,]+)\]\S* gather\(", text)
     longest = max((eval(shape.replace(",", "*")) for shape in gathered), default=0)
     assert longest <= size * CONFIG.hidden_size, "more than the embeddings was gathered"
+
+
+def test_little_stands_around_the_layers_of_a_single_row(step):
+    """Every kernel of a step costs about two microseconds, however little it does."""
+    (kind, size), program, _ = step
+    if (kind, size) != ("decode", 1):
+        pytest.skip("with more rows these kernels weigh less")
+    text = program.as_text() or ""
+    bodies = {text[text.index(f"\n%{name} ") :] for name in re.findall(r"body=%([\w.\-]+)", text)}
+    body = max((body[: body.index("\n}")] for body in bodies), key=len)
+    kernels = re.findall(r"  %(\S+) = .* (?:fusion|custom-call|copy|conditional)\(.*", body)
+    around = [name for name in kernels if not name.startswith("pallas_call")]
+    assert len(around) <= 17, around
 
 
 def test_temperature_and_filters_write_nothing_of_the_logits_size(step):
