@@ -1,6 +1,5 @@
 """Checkpoints to device arrays: tensor by tensor, Orbax, random; never a second host copy."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -104,19 +103,28 @@ def random_params(target: Params, seed: int = 0) -> Params:
     """
     rng = np.random.default_rng(seed)
     noise = 0.02 * rng.standard_normal(NOISE_LEN, np.float32)
-    # Rounding to bfloat16 is slow on a host, so it is done once.
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves(target)}
-    blocks = {(dtype, mean): (mean + noise).astype(dtype) for dtype in dtypes for mean in (0, 1)}
+    largest: dict[tuple[jnp.dtype, int], int] = {}
+    for shape in jax.tree.leaves(target):
+        kind = (shape.dtype, _mean(shape))
+        largest[kind] = max(shape.size, largest.get(kind, 0))
+    # Rounding to bfloat16 is slow on a host, and so is touching new memory: both are done once.
+    # Every leaf is a part of the block, repeated as often as the largest needs.
+    blocks = {
+        kind: np.resize((kind[1] + noise).astype(kind[0]), NOISE_LEN + size)
+        for kind, size in largest.items()
+    }
 
     def leaf(shape: jax.ShapeDtypeStruct) -> jax.Array:
-        is_norm = len(shape.shape) == 1
-        size = math.prod(shape.shape)
-        start = rng.integers(max(1, NOISE_LEN - size))
-        block = blocks[shape.dtype, int(is_norm)][start:]
-        host = block[:size] if size <= len(block) else np.resize(block, size)
+        start = rng.integers(NOISE_LEN)
+        host = blocks[shape.dtype, _mean(shape)][start : start + shape.size]
         return jax.device_put(host.reshape(shape.shape), shape.sharding)
 
     return jax.tree.map(leaf, target)
+
+
+def _mean(shape: jax.ShapeDtypeStruct) -> int:
+    """About one are norms, and biases with them."""
+    return int(len(shape.shape) == 1)
 
 
 NOISE_LEN = 4_194_301
