@@ -5,6 +5,7 @@ device and the source, not from a lowering.
 """
 
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import pickle
@@ -89,6 +90,9 @@ class ExecutableCache:
         """The executable, or None when there is none that loads here."""
         try:
             payload = self._path(spec).read_bytes()
+            if b"mosaic_gpu" in payload:
+                # Its kernels need a library that JAX makes known when this is imported.
+                importlib.import_module("jax.experimental.mosaic.gpu")
             return serialize_executable.deserialize_and_load(*pickle.loads(payload))
         except FileNotFoundError:
             return None
