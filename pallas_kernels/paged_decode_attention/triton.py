@@ -266,7 +266,7 @@ def _attend_cached(
 
 
 def _combine_splits(
-    partial_ref, lse_ref, row: jax.Array, heads: jax.Array, num_live: jax.Array, call: _Call
+    partial_ref, lse_ref, row: jax.Array, heads: jax.Array, num_live: jax.Array | int, call: _Call
 ) -> _Softmax:
     """One softmax out of all live splits', in the order of the splits, whoever came last."""
 
