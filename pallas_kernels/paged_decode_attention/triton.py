@@ -203,7 +203,6 @@ def _load_new_token(
 
 def _rotate_new_token(token: _NewToken, call: _Call) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rotated queries of a group [packed, H], rotated key and value [1, H]."""
-
     sin = jnp.where(call.dims < call.head_dim // 2, -token.sin, token.sin)
 
     def rotate(own, other):

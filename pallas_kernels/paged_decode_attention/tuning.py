@@ -1,20 +1,21 @@
 """Tiles of the decode kernel, and into how many programs a row's length is split.
 
 Measured on one H200 (driver 580, jax 0.11.2), bfloat16, 14 / 2 heads of 64, in a CUDA graph, every
-call with pages of its own: microseconds of tiles of 64 by four warps, then as they are chosen here.
+call with pages of its own: microseconds by four warps a program and tiles of 64 (of 128 with one
+row), then as it is chosen here, in another run; runs differed by up to 0.7 for the same variant.
 
 | rows, tokens | | | least at 4 TB/s |
 |---|---|---|---|
-| 1, 288 | 7.0 | 7.0 | 0.04 |
-| 5 in a bucket of 16, 1,330 to 1,990 | 11.1 | 10.8 | 1.0 |
-| 48 in 64, 970 to 1,840 | 22.3 | 19.4 | 8.9 |
-| 90 in 128, 760 to 1,660 | 26.7 | 25.3 | 14 |
-| 201 in 256, 360 to 1,270 | 33.3 | 31.9 | 21 |
-| 256, 256 | 16.4 | 15.7 | 8.4 |
+| 1, 288 | 7.0 | 7.5 | 0.04 |
+| 5 in a bucket of 16, 1,330 to 1,990 | 11.1 | 10.9 | 1.0 |
+| 48 in 64, 970 to 1,840 | 22.3 | 19.6 | 8.9 |
+| 90 in 128, 760 to 1,660 | 26.7 | 25.7 | 14 |
+| 201 in 256, 360 to 1,270 | 33.3 | 32.6 | 21 |
+| 256, 256 | 16.4 | 16.3 | 8.4 |
 | 512, 640 | 56.1 | 48.8 | 42 |
 
-With 28 / 4 heads of 128 (the 7B shape) 256 rows of 544 tokens take 81.5 us, of 704 100.5, where by
-tiles of 32 and four warps they took 89.8 and 110.5; at 4 TB/s they would take 71 and 92.
+With 28 / 4 heads of 128 (the 7B shape) 256 rows of 544 tokens take 83.3 us, where by tiles of 32
+and four warps they took 89.8; at 4 TB/s they would take 71.
 
 Of 256 rows none is split: with 1,024 tokens they take 39.7 us whole and 43.3 in two splits. The
 warps of a program have to agree on every tile, so few of them are faster.
